@@ -1,0 +1,77 @@
+"""Settings of a store: explicit, frozen, checked; files and environment are read only at the edge (the command line)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ckptstore.errors import ConfigError
+
+
+class StoreConfig(BaseModel):
+    """How a :class:`~ckptstore.CheckpointStore` works. Rank 0's is used by all ranks.
+
+    Raises:
+        ConfigError: an unknown field, a wrong type, or values that contradict each other.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    deadline_s: float = Field(default=30.0, gt=0)
+    """Longest wait of one rank for another inside ``save`` and ``load``; a peer later than that is reported as lost."""
+
+    on_failure: Literal["warn", "raise"] = "warn"
+    """What a ``save`` does when an earlier save of this store has failed: log and go on, or raise SaveFailedError."""
+
+    back_pressure: Literal["wait", "skip", "fail"] = "wait"
+    """When both arena generations are still being written: wait, skip this save, or raise SaveFailedError."""
+
+    back_pressure_timeout_s: float = Field(default=600.0, gt=0)
+    """With ``back_pressure="wait"``: longest wait before the save counts as failed."""
+
+    check_replicas: Literal["off", "sample", "full"] = "sample"
+    """Compare values that ranks hold as replicas: not at all; small ones always and large ones in rotation; all of them."""
+
+    remote_quorum: int | None = Field(default=None, ge=1)
+    """Number of remotes that must hold a save before ``handle.remote`` resolves; None: all of them."""
+
+    chunk_elements: int = Field(default=1 << 20, ge=1024, le=1 << 23)
+    """Elements per chunk, the unit of digests, deduplication and deltas."""
+
+    pack_bytes: int = Field(default=64 << 20, ge=1 << 20, le=1 << 32)
+    """Objects uploaded to a remote are closed at about this size."""
+
+    upload_concurrency: int = Field(default=4, ge=1, le=64)
+    """Requests in flight per remote."""
+
+    compress: bool = True
+    """Encode chunks before upload; False sends them raw."""
+
+    generations: Literal[1, 2] = 2
+    """Arena generations per rank: with 2, a save can be taken while the previous one is still being written."""
+
+    agent_idle_exit_seconds: float = Field(default=60.0, ge=0)
+    """The node agent exits after this long without trainers and without work."""
+
+    agent_start_timeout_s: float = Field(default=20.0, gt=0)
+    """Longest wait for a node agent to start."""
+
+    def __init__(self, **values: object) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "StoreConfig"
+            raise ConfigError(
+                f"StoreConfig: {where}: {first['msg']}", hint="see the docstrings of ckptstore.StoreConfig", key=where
+            ) from None
+
+    @model_validator(mode="after")
+    def _fits(self) -> StoreConfig:
+        if self.generations == 1 and self.back_pressure == "skip":
+            raise ValueError(
+                "generations=1 with back_pressure='skip' would skip every save that comes while one is written; "
+                "use generations=2 or back_pressure='wait'"
+            )
+        return self
