@@ -1,4 +1,4 @@
-"""Settings of a store: explicit, frozen, checked; files and environment are read only at the edge (the command line)."""
+"""Settings of a store: explicit, frozen, checked. Files and environment are read only at the edge."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StoreConfig(BaseModel):
     """With ``back_pressure="wait"``: longest wait before the save counts as failed."""
 
     check_replicas: Literal["off", "sample", "full"] = "sample"
-    """Compare values that ranks hold as replicas: not at all; small ones always and large ones in rotation; all of them."""
+    """Compare values that ranks hold as replicas: never; small ones always, large ones in turn; all of them."""
 
     remote_quorum: int | None = Field(default=None, ge=1)
     """Number of remotes that must hold a save before ``handle.remote`` resolves; None: all of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 #: Levels of durability, weakest first.
 Level = Literal["staged", "local", "remote"]
@@ -14,7 +14,7 @@ LEVELS: tuple[Level, ...] = ("staged", "local", "remote")
 TierState = Literal["complete", "prepared", "uploading", "partial", "damaged", "absent"]
 
 #: What names a checkpoint everywhere: a step, "latest", "latest~2", "best", or a save_id.
-StepLike = Union[int, str]
+StepLike = int | str
 
 
 @dataclass(frozen=True)

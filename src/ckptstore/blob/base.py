@@ -6,8 +6,9 @@ A store never overwrites silently: names are written once. Nothing here retries;
 Errors, for every method:
     NotFoundError: the object (or, as NoStoreError with ``context['bucket']``, the bucket) is proven absent.
     CredentialsError: refused for credentials or rights. Permanent.
-    TransientError: unreachable, throttled, cut off, timed out. Trying again can help. ``context['retry_after_s']`` where
-        the server said so; ``context['reason']`` is one of unreachable, throttled, timeout, server_error, cut_off, expired.
+    TransientError: unreachable, throttled, cut off, timed out. Trying again can help. ``context['retry_after_s']``
+        where the server said so; ``context['reason']`` is one of unreachable, throttled, timeout, server_error,
+        cut_off, damaged, expired (credentials: worth one more try, since the next request reads them anew).
     NoSpaceError: quota or disk full. Permanent until somebody makes room.
     ConfigError: the bucket's or client's configuration can't be right. Permanent.
     StorageError: anything else the server refused. Permanent.
@@ -16,12 +17,29 @@ Errors, for every method:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Union
+from typing import Protocol, TypeVar
 
-Buffer = Union[bytes, bytearray, memoryview]
+Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+
+class Attempts(Protocol):
+    """How one request of an operation that takes many (parts, pages, batches) is made: once, or again if it fails.
+
+    With one that retries, a failed part or page costs that part or page, not the whole operation.
+    """
+
+    def __call__(self, op: str, request: Callable[[], T]) -> T:
+        """Make the request, perhaps several times, and return its answer."""
+
+
+def once(op: str, request: Callable[[], T]) -> T:
+    """The Attempts that tries once."""
+    del op
+    return request()
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,8 @@ class BlobStore(ABC):
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """Store one object, durably and visibly once this returns; readers see all of it or nothing.
 
-        Large bodies are sent in parts. The bytes on the wire are covered by a checksum the server verifies, where it can.
+        Large bodies are sent in parts. The bytes on the wire are covered by a checksum the server verifies, where it
+        can.
 
         Args:
             key: Name below this store's prefix.
@@ -96,18 +115,19 @@ class BlobStore(ABC):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object whose key starts with ``prefix``, in any order, paging as needed.
 
+        Foreign objects, whose names are no keys, are passed over.
         An error in mid-listing raises: a listing that ends normally is complete. An existing bucket without such
         objects yields nothing; a missing bucket raises NoStoreError.
         """
 
     @abstractmethod
-    def delete(self, keys: list[str]) -> None:
+    def delete(self, keys: Sequence[str]) -> None:
         """Delete exactly these keys; absent ones are fine. Raises if any of them may still be there."""
 
     def abort_uploads(self, prefix: str, older_than: datetime) -> int:
-        """Abort multipart uploads below ``prefix`` begun before ``older_than``; returns how many. Default: none exist."""
+        """Abort multipart uploads below ``prefix`` begun before ``older_than``; returns how many. Default: none."""
         del prefix, older_than
         return 0
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most stores hold nothing
         """Release connections; idempotent. Default: nothing to release."""

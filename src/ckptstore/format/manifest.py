@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import xxhash
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ckptstore.errors import FormatError
+from ckptstore.errors import ConfigError, FormatError, IncompleteCheckpointError
 
 FORMAT = "ckptstore"
 FORMAT_VERSION = 1
@@ -193,6 +194,8 @@ class ShardRef(Document):
     node: int = 0
     file: str
     file_bytes: int
+    size_bytes: int
+    """Plain tensor bytes among them."""
     manifest_digest: str = Field(pattern=BLAKE3_PATTERN)
     """blake3 of the shard manifest's canonical bytes."""
 
@@ -238,42 +241,59 @@ class RemoteShard(Document):
     """Bytes this save added to the remote for this shard."""
 
 
-def root_of(shards: list[ShardManifest]) -> RootManifest:
-    """The root manifest of these shard manifests: a pure function, whoever computes it and in whichever order.
+def ref_of(shard: ShardManifest) -> ShardRef:
+    """What the root manifest says of this shard."""
+    return ShardRef(
+        rank=shard.rank,
+        node=shard.node,
+        file=shard.file,
+        file_bytes=shard.file_bytes,
+        size_bytes=sum(piece.size_bytes for piece in shard.pieces),
+        manifest_digest=strong_digest(shard.encode()),
+    )
+
+
+def root_from(summary: Summary, refs: Iterable[ShardRef]) -> RootManifest:
+    """The root manifest of a save: a pure function, whoever computes it and in whichever order.
+
+    Args:
+        summary: The one in rank 0's shard manifest.
+        refs: One per rank of the save.
 
     Raises:
-        FormatError: a rank is missing or twice, shards of different saves are mixed, or rank 0 has no summary.
+        IncompleteCheckpointError: a rank is missing or there twice.
     """
-    ordered = sorted(shards, key=lambda s: s.rank)
-    world_size = ordered[0].world_size if ordered else 0
-    if [s.rank for s in ordered] != list(range(world_size)):
-        raise FormatError(f"need the shard manifests of ranks 0..{world_size - 1}, have {[s.rank for s in ordered]}")
-    if len({(s.save_id, s.step, s.world_size) for s in ordered}) != 1:
+    shards = tuple(sorted(refs, key=lambda ref: ref.rank))
+    if [ref.rank for ref in shards] != list(range(summary.world_size)):
+        have = sorted({ref.rank for ref in shards})
+        raise IncompleteCheckpointError(
+            f"save {summary.save_id} (step {summary.step}) has the parts of ranks {have} out of {summary.world_size}",
+            step=summary.step,
+            save_id=summary.save_id,
+        )
+    update = {"size_bytes": sum(ref.size_bytes for ref in shards), "num_nodes": len({ref.node for ref in shards})}
+    return RootManifest(summary=summary.model_copy(update=update), shards=shards)
+
+
+def root_of(shards: Sequence[ShardManifest]) -> RootManifest:
+    """The root manifest of these shard manifests.
+
+    Raises:
+        IncompleteCheckpointError: a rank is missing or there twice.
+        FormatError: shards of different saves are mixed, or rank 0 has no summary.
+    """
+    if len({(s.save_id, s.step, s.world_size) for s in shards}) > 1:
         raise FormatError("shard manifests of different saves can't be one checkpoint")
-    head = ordered[0].summary
-    if head is None or head.save_id != ordered[0].save_id:
-        raise FormatError("rank 0's shard manifest has no summary of its save")
-    size_bytes = sum(p.size_bytes for s in ordered for p in s.pieces)
-    num_nodes = len({s.node for s in ordered})
-    return RootManifest(
-        summary=head.model_copy(update={"size_bytes": size_bytes, "num_nodes": num_nodes}),
-        shards=tuple(
-            ShardRef(
-                rank=s.rank,
-                node=s.node,
-                file=s.file,
-                file_bytes=s.file_bytes,
-                manifest_digest=strong_digest(s.encode()),
-            )
-            for s in ordered
-        ),
-    )
+    head = next((s for s in shards if s.rank == 0), None)
+    if head is None:
+        raise IncompleteCheckpointError("the part of rank 0 is missing")
+    if head.summary is None or (head.summary.save_id, head.summary.step) != (head.save_id, head.step):
+        raise FormatError(f"rank 0's shard manifest of save {head.save_id} lacks the summary of its save")
+    return root_from(head.summary, [ref_of(s) for s in shards])
 
 
 def check_run_name(run: str) -> str:
     """The run name itself, or ConfigError."""
-    from ckptstore.errors import ConfigError
-
     if not re.fullmatch(RUN_PATTERN, run):
         raise ConfigError(
             f"run name {run!r} is not allowed",

@@ -1,0 +1,101 @@
+"""``python -m ckptstore.agent --root DIR``: the agent process.
+
+Started by a trainer it goes into the background at once; started by hand or by a service manager (without
+``--ready-fd``) it stays in the foreground and logs to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Be the agent of a root until there is nothing left to do. Exit code 11: another agent is there already."""
+    parser = argparse.ArgumentParser(prog="python -m ckptstore.agent", description="The node agent of one local root.")
+    parser.add_argument("--root", required=True, type=Path, help="root of the local tier")
+    parser.add_argument(
+        "--runtime", type=Path, help="folder of socket, lock and log (default: as trainers look for it)"
+    )
+    parser.add_argument("--idle-exit-seconds", type=float, default=60.0, help="leave after so long without work")
+    parser.add_argument("--drain-seconds", type=float, default=25.0, help="time for open work after SIGTERM")
+    parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    # Before any other import: no thread may exist at a fork, and the trainer waits for this one.
+    if args.ready_fd is not None and os.fork():
+        os._exit(0)
+    os.umask(0o077)
+    return _serve(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import logging
+    import time
+
+    from ckptstore.agent.protocol import error_to_wire
+    from ckptstore.agent.runtime import RuntimeDir, try_lock
+    from ckptstore.agent.server import AgentServer
+
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s.%(msecs)03dZ %(levelname)s %(threadName)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+    log = logging.getLogger("ckptstore.agent")
+    _be_nice()
+    lock = None
+    try:
+        directory = RuntimeDir.of(args.root) if args.runtime is None else RuntimeDir(args.runtime)
+        directory.create()
+        lock = try_lock(directory.lock)
+        if lock is None:
+            log.info("another agent of %s is there", args.root)
+            _report(args.ready_fd, {"elected": False})
+            return 11
+        os.ftruncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
+        server = AgentServer(
+            args.root,
+            directory,
+            idle_exit_seconds=args.idle_exit_seconds,
+            drain_seconds=args.drain_seconds,
+        )
+        server.start()
+    except Exception as error:
+        log.exception("the agent of %s could not start", args.root)
+        _report(args.ready_fd, {"error": error_to_wire(error)})
+        return 1
+    _report(args.ready_fd, {"elected": True})
+    server.run()
+    logging.shutdown()
+    # Threads may still hang in a request. The lock goes with the process, so whoever gets it next finds nobody writing.
+    os._exit(0)
+
+
+def _be_nice() -> None:
+    """Training comes first: lowest CPU and disk priority, where the system knows them."""
+    with suppress(OSError):
+        os.nice(19)
+    with suppress(ImportError, AttributeError, OSError):
+        import psutil
+
+        psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+
+
+def _report(fd: int | None, message: dict[str, object]) -> None:
+    if fd is None:
+        return
+    with suppress(OSError):  # the trainer may be dead already; its agent is useful all the same
+        os.write(fd, json.dumps(message).encode() + b"\n")
+    os.close(fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

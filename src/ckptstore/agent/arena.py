@@ -1,0 +1,352 @@
+"""Shared memory that the agent owns and lends: where a rank's part of a save waits for the disk.
+
+A slot is one rank's place on this node. It has one or two generations, each a memfd laid out as the image of the shard
+file to be written. A generation goes FREE -> FILLING -> SEALED -> FREE, and only a seal, sent by the slot's owner after
+its last copy, makes its contents part of a save. Page faults, not copying, are what fresh memory costs, so pages are
+touched once, in the background, and a restarted rank takes over its slot's memory as it is.
+
+Everything here is guarded by the agent's one condition, except where it says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ckptstore.agent.protocol import layout_id_of
+from ckptstore.errors import LockedError, NoSpaceError, TransientError
+from ckptstore.format import stock
+from ckptstore.format.stock import Layout, PieceSpec
+
+log = logging.getLogger("ckptstore.agent")
+
+PAGE = mmap.PAGESIZE
+#: Left to everybody else when an arena is made.
+HEADROOM_BYTES = 64 << 20
+_POPULATE_STEP = 32 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Source: include/uapi/asm-generic/mman-common.h
+
+
+@dataclass(frozen=True)
+class Arena:
+    """What a rank is lent.
+
+    Attributes:
+        layout_id: names the layout; goes into the seal.
+        starts: first payload byte of each piece, in the order given to ``layout``.
+        generations: one writable shared mapping for each generation; it may be longer than the image.
+        image_bytes: length of the image.
+    """
+
+    layout_id: str
+    starts: tuple[int, ...]
+    generations: tuple[mmap.mmap, ...]
+    image_bytes: int = 0
+
+
+class State(str, Enum):
+    """Of a generation."""
+
+    FREE = "free"
+    FILLING = "filling"
+    SEALED = "sealed"
+
+
+#: Every generation there is, over all slots: memory that is lent but not yet touched is spoken for all the same.
+_alive: weakref.WeakSet[Generation] = weakref.WeakSet()
+_budget = threading.Lock()
+
+
+@dataclass(eq=False)
+class Generation:
+    """One image's worth of shared memory. The descriptor closes with the object."""
+
+    index: int
+    fd: int
+    memory: mmap.mmap
+    capacity_bytes: int
+    state: State = State.FREE
+    save_id: str | None = None
+
+    def __post_init__(self) -> None:
+        _alive.add(self)
+
+    @classmethod
+    def create(cls, index: int, capacity_bytes: int) -> Generation:
+        fd = os.memfd_create(f"ckptstore-{index}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, capacity_bytes)
+            return cls(index, fd, mmap.mmap(fd, capacity_bytes), capacity_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def grow(self, capacity_bytes: int) -> None:
+        """Keep the pages there are, add more at the end. Only while FREE."""
+        os.ftruncate(self.fd, capacity_bytes)
+        self.memory = mmap.mmap(self.fd, capacity_bytes)
+        self.capacity_bytes = capacity_bytes
+
+    def free(self) -> None:
+        self.state, self.save_id = State.FREE, None
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
+
+
+class Slot:
+    """One rank's place: its owner, its layout, its generations.
+
+    Args:
+        condition: the agent's; methods take it themselves.
+        run, index: name of the slot.
+    """
+
+    def __init__(self, condition: threading.Condition, run: str, index: int) -> None:
+        self.run = run
+        self.index = index
+        self.owner: object | None = None
+        self.rank: int | None = None
+        self.generations: list[Generation] = []
+        self.layout_id: str | None = None
+        self.layout: Layout | None = None
+        self.pieces: tuple[PieceSpec, ...] = ()
+        self.is_tainted = False
+        """A previous owner may still write into this memory: nobody else may be given it."""
+        self._condition = condition
+        self._configuring = threading.Lock()
+        self._stop = threading.Event()
+
+    def check_owner(self, owner: object) -> None:
+        if self.owner is not owner:
+            raise LockedError(
+                f"another process or store has taken over slot {self.index} of run {self.run}",
+                hint="give every job its own run, and use one store per run in a process",
+            )
+
+    def configure(
+        self, owner: object, pieces: Sequence[PieceSpec], wanted: int, timeout_s: float
+    ) -> tuple[Layout, list[Generation]]:
+        """Give the slot this layout and return its generations; waits until none of them is in use.
+
+        Raises:
+            NoSpaceError: not even one generation fits into memory.
+            TransientError: the generations were still in use after ``timeout_s``; trying again can help.
+        """
+        with self._configuring:
+            layout_id = layout_id_of(pieces)
+            with self._condition:
+                self.check_owner(owner)
+                if self.layout is not None and self.layout_id == layout_id and not self.is_tainted:
+                    return self.layout, list(self.generations)
+                if self.is_tainted:
+                    # What is sealed in the old memory stays with its save; the rest goes when its last user does.
+                    self._drop()
+                is_free = self._condition.wait_for(lambda: self._all_free() or self.owner is not owner, timeout_s)
+                self.check_owner(owner)
+                if not is_free:
+                    raise TransientError(
+                        f"the arena of slot {self.index} is still in use after {timeout_s} s",
+                        hint="the local disk is slow or a save was begun and neither sealed nor released",
+                    )
+                self.layout_id = None  # nobody can reserve until the new one stands
+                self._stop.set()
+            layout = stock.layout(pieces)
+            capacity = max(PAGE, -(-layout.image_bytes // PAGE) * PAGE)
+            with _budget:
+                self._resize(capacity, wanted)
+            for generation in self.generations:
+                _write_skeleton(generation.memory, layout, pieces)
+            with self._condition:
+                self.check_owner(owner)
+                self.layout, self.pieces, self.layout_id = layout, tuple(pieces), layout_id
+                self._stop = threading.Event()
+                self._condition.notify_all()
+            threading.Thread(
+                target=_touch, args=(list(self.generations), self._stop), name=f"touch-{self.index}", daemon=True
+            ).start()
+            return layout, list(self.generations)
+
+    def _all_free(self) -> bool:
+        return all(g.state is State.FREE for g in self.generations)
+
+    def _drop(self) -> None:
+        self._stop.set()
+        self.generations, self.layout_id, self.layout, self.is_tainted = [], None, None, False
+
+    def _resize(self, capacity: int, wanted: int) -> None:
+        """Reuse touched pages where the old size is near the new one, make new memory otherwise."""
+        del self.generations[wanted:]
+        if self.generations and self.generations[0].capacity_bytes > 2 * capacity + (1 << 20):
+            self.generations = []  # shrinking it would be a SIGBUS for whoever still has it mapped
+        grown = []
+        for generation in self.generations:
+            more = capacity - generation.capacity_bytes
+            if more <= 0 or more <= _room():
+                if more > 0:
+                    generation.grow(capacity)
+                grown.append(generation)
+        self.generations = grown
+        while len(self.generations) < wanted:
+            room = _room()
+            if capacity > room:
+                if self.generations:
+                    log.warning("memory for one generation only: %d bytes each, %d available", capacity, max(0, room))
+                    return
+                raise NoSpaceError(
+                    f"staging needs {capacity} bytes of memory, {max(0, room)} are available",
+                    hint="give the job more memory, or use more ranks so that each holds less",
+                    needed_bytes=capacity,
+                    available_bytes=max(0, room),
+                )
+            self.generations.append(Generation.create(len(self.generations), capacity))
+        for index, generation in enumerate(self.generations):
+            generation.index = index
+
+    def reserve(self, owner: object, timeout_s: float, save_id: str | None = None) -> int | None:
+        """Take a FREE generation for filling; None if there is none within ``timeout_s``."""
+        with self._condition:
+
+            def ready() -> bool:
+                return self.owner is not owner or self._free() is not None
+
+            self._condition.wait_for(ready, timeout_s)
+            self.check_owner(owner)
+            generation = self._free()
+            if generation is None:
+                return None
+            generation.state, generation.save_id = State.FILLING, save_id
+            return generation.index
+
+    def _free(self) -> Generation | None:
+        if self.layout_id is None:
+            return None
+        return next((g for g in self.generations if g.state is State.FREE), None)
+
+    def filling(self, index: int) -> Generation:
+        """The generation of this index, which must be FILLING. Hold the condition."""
+        if not 0 <= index < len(self.generations) or self.generations[index].state is not State.FILLING:
+            raise LockedError(f"generation {index} of slot {self.index} was not reserved")
+        return self.generations[index]
+
+    def release(self, owner: object, index: int) -> None:
+        """Give a FILLING generation back unused."""
+        with self._condition:
+            self.check_owner(owner)
+            self.filling(index).free()
+            self._condition.notify_all()
+
+    def describe(self) -> dict[str, Any]:
+        """For ``status``. Hold the condition."""
+        return {
+            "run": self.run,
+            "slot": self.index,
+            "is_attached": self.owner is not None,
+            "layout_id": self.layout_id,
+            "image_bytes": self.layout.image_bytes if self.layout is not None else 0,
+            "capacity_bytes": sum(g.capacity_bytes for g in self.generations),
+            "generations": [{"state": g.state.value, "save_id": g.save_id} for g in self.generations],
+        }
+
+
+def gaps(layout: Layout, pieces: Sequence[PieceSpec]) -> Iterator[tuple[int, int]]:
+    """(start, end) of everything in the image that isn't payload, in order, empty ones left out."""
+    end = 0
+    for start, piece in sorted(zip(layout.starts, pieces, strict=True), key=lambda item: item[0]):
+        if start > end:
+            yield end, start
+        end = max(end, start + piece.size_bytes)
+    if layout.image_bytes > end:
+        yield end, layout.image_bytes
+
+
+def _write_skeleton(memory: mmap.mmap, layout: Layout, pieces: Sequence[PieceSpec]) -> None:
+    for start, end in gaps(layout, pieces):
+        memory[start:end] = bytes(end - start)
+    for offset, data in layout.segments:
+        memory[offset : offset + len(data)] = data
+
+
+def _room() -> int:
+    """Bytes that may still be lent."""
+    promised = sum(max(0, g.capacity_bytes - os.fstat(g.fd).st_blocks * 512) for g in list(_alive))
+    return available_memory() - promised
+
+
+def _touch(generations: Sequence[Generation], stop: threading.Event) -> None:
+    for generation in generations:
+        populate(generation.memory, stop)
+
+
+@cache
+def libc() -> ctypes.CDLL:
+    """The C library, for the few calls Python lacks. They let other threads run."""
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def populate(memory: mmap.mmap, stop: threading.Event | None = None) -> int:
+    """Make the pages of a mapping present without changing what is in them; returns for how many bytes that was done.
+
+    Best effort: where the kernel can't, the first copy pays. Lets other threads run; end it early with ``stop``.
+    """
+    if not hasattr(libc(), "madvise"):
+        return 0
+    size = len(memory)
+    anchor = (ctypes.c_char * 0).from_buffer(memory)  # keeps the mapping alive while its address is used
+    address = ctypes.addressof(anchor)
+    done = 0
+    while done < size and not (stop is not None and stop.is_set()):
+        step = min(_POPULATE_STEP, size - done)
+        if libc().madvise(ctypes.c_void_p(address + done), ctypes.c_size_t(step), _MADV_POPULATE_WRITE) != 0:
+            if ctypes.get_errno() == errno.EINTR:
+                continue
+            break
+        done += step
+    del anchor
+    return done
+
+
+def available_memory() -> int:
+    """Bytes that can be had without pushing somebody out: the least of the system's and every cgroup's above us."""
+    free = [_meminfo_available()]
+    for directory in _cgroups():
+        with contextlib.suppress(OSError, ValueError):
+            limit = (directory / "memory.max").read_text().strip()
+            if limit != "max":
+                used = int((directory / "memory.current").read_text())
+                statistics = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+                free.append(int(limit) - used + int(statistics.get("inactive_file", 0)))
+    return min(free) - HEADROOM_BYTES
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def _cgroups() -> Iterator[Path]:
+    mount = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                path = mount / line[3:].lstrip("/")
+                yield path
+                for parent in path.parents:
+                    if not parent.is_relative_to(mount):
+                        break
+                    yield parent

@@ -1,0 +1,445 @@
+"""A trainer's line to its node agent.
+
+One thread receives, one delivers events, and every call may be made from any thread; none of them waits for ever. When
+the connection is lost pending calls raise TransientError, ``on_event`` is told once, and the client stays dead: connect
+a new one. In a forked child a client is dead from the start and owns nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ckptstore import __version__
+from ckptstore.agent.arena import Arena, populate
+from ckptstore.agent.protocol import (
+    PROTOCOL,
+    Channel,
+    Event,
+    SealRequest,
+    close_fds,
+    error_from_wire,
+    layout_id_of,
+    pieces_to_wire,
+)
+from ckptstore.agent.runtime import RuntimeDir, dial, start_agent
+from ckptstore.config import StoreConfig
+from ckptstore.errors import CkptError, LockedError, SaveTimeoutError, TransientError
+from ckptstore.format.manifest import Json
+from ckptstore.format.stock import PieceSpec
+
+#: For answers that need no other rank; the disk may be slow.
+ANSWER_TIMEOUT_S = 30.0
+DISK_TIMEOUT_S = 120.0
+#: Added to waits that the agent bounds itself.
+SLACK_S = 15.0
+
+EventCallback = Callable[[Event], None]
+
+_clients: weakref.WeakSet[AgentClient] = weakref.WeakSet()
+
+
+class AgentClient:
+    """One rank's connection. Make it with :meth:`connect` or :meth:`observe`.
+
+    Attributes:
+        agent_id: differs whenever the agent is another process.
+        agent_pid: of the agent.
+    """
+
+    def __init__(self, channel: Channel, on_event: EventCallback, hello: Json) -> None:
+        self.agent_id: str = hello["agent_id"]
+        self.agent_pid: int = hello["pid"]
+        self._channel = channel
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        self._pending: dict[int, queue.SimpleQueue[tuple[Json, list[int]] | None]] = {}
+        self._next_id = 1
+        self._is_lost = False
+        self._is_closing = False
+        self._is_forked = False
+        self._arena: Arena | None = None
+        self._config = StoreConfig()
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._receive, name="ckptstore-agent-reader", daemon=True)
+        self._deliverer = threading.Thread(target=self._deliver, name="ckptstore-agent-events", daemon=True)
+        self._reader.start()
+        self._deliverer.start()
+        _clients.add(self)
+
+    # ------------------------------------------------------------------ connecting
+
+    @classmethod
+    def connect(
+        cls,
+        root: Path,
+        *,
+        run: str,
+        slot: int,
+        remotes: Mapping[str, str],
+        environ: Mapping[str, str],
+        config: StoreConfig,
+        on_event: EventCallback,
+        rank: int | None = None,
+    ) -> AgentClient:
+        """Attach as one rank, starting the agent of ``root`` if there is none. Local; blocks a fraction of a second.
+
+        Args:
+            root: of the local tier.
+            run: the run.
+            slot: this rank's place on the node, 0, 1, ...; the newest to attach owns it.
+            remotes: name -> URL of every remote of the run.
+            environ: credentials and settings for them; kept in the agent's memory only, newest wins.
+            config: ``agent_start_timeout_s`` bounds this call.
+            on_event: called in a thread of the client's, one event at a time; may call the client.
+            rank: the global rank, if known already.
+
+        Raises:
+            TransientError: no agent within the time.
+            ConfigError: an agent of another version is busy, or the runtime directory can't be used.
+            StorageError: the agent could not start, or can't use the root.
+        """
+        deadline = time.monotonic() + config.agent_start_timeout_s
+        while True:
+            client = cls._open(root, on_event)
+            if client is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TransientError(
+                        f"no agent of {root} within {config.agent_start_timeout_s} s",
+                        hint="`ckptctl agent logs` says why; StoreConfig(agent_start_timeout_s=...) waits longer",
+                    )
+                start_agent(
+                    root,
+                    RuntimeDir.of(root),
+                    idle_exit_seconds=config.agent_idle_exit_seconds,
+                    timeout_s=left,
+                )
+                client = cls._open(root, on_event)
+            if client is None:
+                # Started by somebody else and not listening yet, or just leaving: its lock goes last.
+                time.sleep(0.05)
+                continue
+            client._config = config
+            try:
+                client._call(
+                    "attach",
+                    run=run,
+                    slot=slot,
+                    rank=rank,
+                    remotes=dict(remotes),
+                    environ=dict(environ),
+                    config=config.model_dump(mode="json"),
+                )
+            except TransientError:
+                client._abandon()
+                if time.monotonic() > deadline:
+                    raise
+                continue
+            except BaseException:
+                client._abandon()
+                raise
+            return client
+
+    @classmethod
+    def observe(cls, root: Path, on_event: EventCallback = lambda event: None) -> AgentClient | None:
+        """Look at the agent of ``root`` without starting one or taking a slot; None if there is none.
+
+        ``status``, ``drain`` and ``stop`` work on it.
+
+        Raises:
+            ConfigError: the agent speaks another protocol.
+        """
+        return cls._open(root, on_event, make_room=False)
+
+    @classmethod
+    def _open(cls, root: Path, on_event: EventCallback, *, make_room: bool = True) -> AgentClient | None:
+        for directory in RuntimeDir.all_of(root):
+            sock = dial(directory.socket)
+            if sock is None:
+                continue
+            channel = Channel(sock, accept_fds=True)
+            sock.settimeout(ANSWER_TIMEOUT_S)
+            try:
+                hello = _hello(channel, make_room=make_room)
+            except (OSError, LockedError) as error:
+                channel.close()
+                if isinstance(error, CkptError) and not isinstance(error, TransientError):
+                    raise
+                continue
+            except BaseException:
+                channel.close()
+                raise
+            if hello is None:
+                channel.close()
+                continue
+            sock.settimeout(None)
+            return cls(channel, on_event, hello)
+        return None
+
+    # ------------------------------------------------------------------ staging
+
+    def layout(self, pieces: Sequence[PieceSpec], *, timeout_s: float | None = None) -> Arena:
+        """The arena for these pieces; the same one again while the pieces stay the same.
+
+        Earlier arenas of this client must not be written any more. Waits, at most ``timeout_s`` (default:
+        ``back_pressure_timeout_s``), while saves in another layout are being written.
+
+        Raises:
+            NoSpaceError: not enough memory; names the bytes.
+            TransientError: still in use after the time, or the agent was lost.
+        """
+        layout_id = layout_id_of(pieces)
+        with self._lock:
+            if self._arena is not None and self._arena.layout_id == layout_id:
+                return self._arena
+        wait = self._config.back_pressure_timeout_s if timeout_s is None else timeout_s
+        answer, fds = self._ask(
+            {"op": "layout", "pieces": pieces_to_wire(pieces), "timeout_s": wait}, wait + ANSWER_TIMEOUT_S + SLACK_S
+        )
+        try:
+            sizes = answer["capacity_bytes"]
+            generations = tuple(mmap.mmap(fd, size) for fd, size in zip(fds, sizes, strict=True))
+        finally:
+            close_fds(fds)
+        arena = Arena(answer["layout_id"], tuple(answer["starts"]), generations, answer["image_bytes"])
+        with self._lock:
+            self._arena = arena
+        # The first copy goes into generation 0 at once and brings its pages itself.
+        threading.Thread(target=_populate, args=(generations[::-1],), name="ckptstore-touch", daemon=True).start()
+        return arena
+
+    def reserve(self, timeout_s: float, *, save_id: str | None = None) -> int | None:
+        """Take a free generation for filling; None if there is none within ``timeout_s``.
+
+        Args:
+            save_id: the save it is for, if known: then a death in mid-copy is told to the others by name.
+
+        Raises:
+            LockedError: another process or store has taken over this slot.
+        """
+        answer, _ = self._ask({"op": "reserve", "timeout_s": timeout_s, "save_id": save_id}, timeout_s + SLACK_S)
+        index: int | None = answer["generation"]
+        return index
+
+    def release(self, generation: int) -> None:
+        """Give a reserved generation back unused."""
+        self._call("release", generation=generation)
+
+    def seal(self, generation: int, request: SealRequest) -> None:
+        """Say that the generation holds this rank's part, whole. Send it after the last copy, and write no more.
+
+        Raises:
+            SaveFailedError: the save was dropped meanwhile; the generation is free.
+            TransientError: the agent was lost; whether it got the seal is unknown.
+        """
+        self._call("seal", generation=generation, seal=request.to_wire())
+
+    def discard(self, save_id: str, reason: str) -> bool:
+        """Drop a save that isn't complete, on this node; False if it is complete and stays."""
+        answer, _ = self._ask({"op": "discard", "save_id": save_id, "reason": reason}, DISK_TIMEOUT_S)
+        return bool(answer["discarded"])
+
+    def announce(self, save_id: str, level: str) -> None:
+        """Tell every rank of this node, ourselves too, that a save has this level on all nodes."""
+        self._call("announce", save_id=save_id, level=level)
+
+    def complete(self, save_id: str, root: bytes) -> None:
+        """Make this node's prepared part complete: all nodes are prepared, and ``root`` is the root manifest.
+
+        Raises:
+            CkptError: it can't be: no such part, other parts than the root names, disk.
+        """
+        self._ask({"op": "complete", "save_id": save_id, "root": root.decode()}, DISK_TIMEOUT_S)
+
+    def claim_timeline(self, at_least: int, record: Mapping[str, Any] | bytes) -> int:
+        """Claim the first free timeline from ``at_least`` on in the local tier; the number is ours for good.
+
+        Args:
+            record: what is kept with the claim; a mapping gets the number as ``timeline``.
+        """
+        wire = record.decode() if isinstance(record, bytes) else dict(record)
+        answer, _ = self._ask({"op": "claim_timeline", "at_least": at_least, "record": wire}, DISK_TIMEOUT_S)
+        return int(answer["number"])
+
+    # ------------------------------------------------------------------ looking, waiting, ending
+
+    def status(self) -> dict[str, Any]:
+        """What the agent is doing; plain JSON."""
+        return self._call("status")
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until all that is staged is committed and uploaded; whether it is. Early if waiting can't help."""
+        answer, _ = self._ask({"op": "drain", "timeout_s": timeout_s}, timeout_s + SLACK_S)
+        return bool(answer["is_settled"])
+
+    def settle(self, run: str, timeout_s: float) -> None:
+        """Wait until what trainers have sealed in this run is on disk, or has failed.
+
+        Raises:
+            SaveTimeoutError: it still isn't.
+        """
+        answer, _ = self._ask({"op": "settle", "run": run, "timeout_s": timeout_s}, timeout_s + SLACK_S)
+        if not answer["is_settled"]:
+            raise SaveTimeoutError(f"the node agent is still writing saves of {run} after {timeout_s} s", run=run)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Have the agent leave when its work is done, at the latest after ``timeout_s``; whether it has left."""
+        self._call("stop", timeout_s=timeout_s)
+        self._reader.join(timeout_s + SLACK_S)
+        return self._is_lost
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the connection is gone."""
+        return self._is_lost
+
+    def close(self) -> None:
+        """End the connection; what is sealed goes on. Copies into the arena must have ended. Idempotent."""
+        if self._is_forked or self._is_closing:
+            return
+        self._is_closing = True
+        if not self._is_lost:
+            with suppress(CkptError):
+                self._call("bye")
+        self._abandon()
+
+    def _abandon(self) -> None:
+        self._is_closing = True
+        self._channel.shutdown()
+        if threading.current_thread() is not self._reader:
+            self._reader.join(5.0)
+        self._arena = None
+
+    # ------------------------------------------------------------------ inside
+
+    def _call(self, op: str, **arguments: Any) -> Json:
+        return self._ask({"op": op, **arguments}, ANSWER_TIMEOUT_S)[0]
+
+    def _ask(self, request: Json, timeout_s: float) -> tuple[Json, list[int]]:
+        if self._is_forked:
+            raise TransientError("this connection belongs to the parent process")
+        inbox: queue.SimpleQueue[tuple[Json, list[int]] | None] = queue.SimpleQueue()
+        with self._lock:
+            if self._is_lost:
+                raise _lost()
+            number, self._next_id = self._next_id, self._next_id + 1
+            self._pending[number] = inbox
+        try:
+            try:
+                self._channel.send({"id": number, **request})
+            except OSError as error:
+                if isinstance(error, CkptError):
+                    raise
+                raise _lost() from None
+            try:
+                received = inbox.get(timeout=timeout_s)
+            except queue.Empty:
+                raise TransientError(
+                    f"the node agent did not answer {request['op']!r} within {timeout_s:.0f} s", reason="timeout"
+                ) from None
+        finally:
+            with self._lock:
+                self._pending.pop(number, None)
+        if received is None:
+            raise _lost()
+        answer, fds = received
+        if "error" in answer:
+            raise error_from_wire(answer["error"])
+        result: Json = answer["ok"]
+        return result, fds
+
+    def _receive(self) -> None:
+        try:
+            while (received := self._channel.receive()) is not None:
+                message, fds = received
+                if "event" in message:
+                    self._events.put(Event.from_wire(message["event"]))
+                    continue
+                with self._lock:
+                    inbox = self._pending.get(message.get("id", 0))
+                if inbox is None:
+                    close_fds(fds)  # the caller gave up waiting
+                else:
+                    inbox.put((message, fds))
+        except (OSError, CkptError):
+            pass  # all the same to our callers: the connection is gone
+        finally:
+            with self._lock:
+                self._is_lost = True
+                waiting = list(self._pending.values())
+            for inbox in waiting:
+                inbox.put(None)
+            if not self._is_closing:
+                self._events.put(Event("lost"))
+            self._events.put(None)
+            self._channel.close()
+
+    def _deliver(self) -> None:
+        while (event := self._events.get()) is not None:
+            try:
+                self._on_event(event)
+            except Exception:
+                import logging
+
+                logging.getLogger("ckptstore").exception("handling an event of the node agent")
+
+    def _forget_in_child(self) -> None:
+        self._is_forked = self._is_lost = self._is_closing = True
+        self._lock = threading.Lock()
+        self._channel.close()
+
+
+def _hello(channel: Channel, *, make_room: bool) -> Json | None:
+    """Greet; None if the agent was of another version and is leaving now.
+
+    Raises:
+        ConfigError: it is of another version, and stays.
+        OSError: it went away.
+    """
+    channel.send({"id": 0, "op": "hello", "protocol": PROTOCOL, "version": __version__, "pid": os.getpid()})
+    answer = _answer(channel)
+    if "ok" in answer:
+        hello: Json = answer["ok"]
+        return hello
+    error = error_from_wire(answer["error"])
+    theirs = error.context.get("protocol")
+    if make_room and isinstance(theirs, int) and theirs < PROTOCOL:
+        channel.send({"id": 0, "op": "leave"})
+        if "ok" in _answer(channel):
+            return None
+    raise error
+
+
+def _answer(channel: Channel) -> Json:
+    received = channel.receive()
+    if received is None:
+        raise ConnectionResetError("the agent has closed the connection")
+    close_fds(received[1])
+    return received[0]
+
+
+def _populate(generations: Sequence[mmap.mmap]) -> None:
+    for memory in generations:
+        populate(memory)
+
+
+def _lost() -> TransientError:
+    return TransientError("the connection to the node agent is gone", hint="connect again; a new agent is started")
+
+
+def _after_fork_in_child() -> None:
+    for client in list(_clients):
+        client._forget_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

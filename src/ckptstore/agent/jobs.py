@@ -1,0 +1,439 @@
+"""The saves of one run as this node's agent sees them: gathered, written, committed, or dropped.
+
+A save begins with the first rank's seal. Once every local rank has sealed it is safe from the trainers; until then a
+rank that is lost, or too late, drops it for all. Nothing here blocks on a disk while it holds the agent's condition.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from ckptstore.agent.arena import Generation, Slot, State
+from ckptstore.agent.protocol import Event, SealRequest
+from ckptstore.agent.uploader import Uploader, brief
+from ckptstore.agent.writer import Abandoned, Image, Written, write_part
+from ckptstore.clock import Clock, rfc3339
+from ckptstore.config import StoreConfig
+from ckptstore.errors import CheckpointNotFoundError, CkptError, ConfigError, SaveFailedError, StorageError
+from ckptstore.format.manifest import RootManifest, Summary, canonical
+from ckptstore.format.stock import Layout, PieceSpec
+from ckptstore.repo import commit, names
+from ckptstore.repo.local import LocalTier
+
+log = logging.getLogger("ckptstore.agent")
+
+#: Dropped saves remembered, so that a rank that seals late is told why.
+_REMEMBERED = 256
+
+
+@dataclass(eq=False)
+class Attachment:
+    """One rank's connection. ``rank`` is learned from its seals unless it was told."""
+
+    run: str
+    slot: Slot
+    send: Callable[[Event], None]
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A sealed generation and what it holds."""
+
+    request: SealRequest
+    generation: Generation
+    layout: Layout
+    pieces: tuple[PieceSpec, ...]
+
+
+class Stage(str, Enum):
+    """Of a save that is not durable yet."""
+
+    GATHERING = "gathering"
+    WRITING = "writing"
+
+
+@dataclass(eq=False)
+class SaveJob:
+    """One save between its first seal and its commit."""
+
+    save_id: str
+    step: int
+    shape: tuple[object, ...]
+    local_ranks: tuple[int, ...]
+    begun: float
+    stage: Stage = Stage.GATHERING
+    parts: dict[int, Part] = field(default_factory=dict)
+    abandoned: str | None = None
+
+    @property
+    def missing(self) -> list[int]:
+        return [rank for rank in self.local_ranks if rank not in self.parts]
+
+
+class RunJobs:
+    """Everything the agent does for one run. Thread-safe.
+
+    Args:
+        condition: the agent's.
+        tier: of the agent's root.
+        run: the run.
+        config: of the newest attachment.
+    """
+
+    def __init__(
+        self, condition: threading.Condition, tier: LocalTier, run: str, config: StoreConfig, clock: Clock
+    ) -> None:
+        self.run = run
+        self.config = config
+        self.slots: dict[int, Slot] = {}
+        self.attached: set[Attachment] = set()
+        self.uploaders: dict[str, Uploader] = {}
+        self.last_local: Summary | None = None
+        self.failures = 0
+        self._condition = condition
+        self._tier = tier
+        self._clock = clock
+        self._jobs: dict[str, SaveJob] = {}
+        self._dropped: dict[str, CkptError] = {}
+        self._lost_slots: set[int] = set()
+
+    # ------------------------------------------------------------------ attachments
+
+    def attach(
+        self,
+        slot: int,
+        send: Callable[[Event], None],
+        *,
+        rank: int | None,
+        config: StoreConfig,
+        remotes: Mapping[str, str],
+        environ: Mapping[str, str],
+    ) -> Attachment:
+        """Make a connection the owner of a slot. Newest wins: slot, configuration, remotes and credentials."""
+        with self._condition:
+            self.config = config
+            where = self.slots.setdefault(slot, Slot(self._condition, self.run, slot))
+            if where.owner is not None:
+                # It still has the memory mapped and may be in the middle of a copy.
+                self._vacate(where, is_gone=False)
+            attachment = Attachment(self.run, where, send, rank)
+            where.owner, where.rank = attachment, rank
+            self._lost_slots.discard(slot)
+            self.attached.add(attachment)
+            self._condition.notify_all()
+        self._set_remotes(remotes, environ, config)
+        return attachment
+
+    def _set_remotes(self, remotes: Mapping[str, str], environ: Mapping[str, str], config: StoreConfig) -> None:
+        with self._condition:
+            for name in [n for n, u in self.uploaders.items() if remotes.get(n) != u.url]:
+                self.uploaders.pop(name).stop()
+            for name, url in remotes.items():
+                uploader = self.uploaders.get(name)
+                if uploader is None:
+                    self.uploaders[name] = Uploader(
+                        self._tier, self.run, name, url, dict(environ), config, self.emit, self.completed, self._clock
+                    )
+                else:
+                    uploader.refresh(environ, config)
+
+    def detach(self, attachment: Attachment, *, is_gone: bool, was_closed: bool) -> None:
+        """A connection has ended.
+
+        Args:
+            is_gone: nobody can write into its memory any more: it said so, or its process is dead.
+            was_closed: it said goodbye.
+        """
+        with self._condition:
+            self.attached.discard(attachment)
+            if attachment.slot.owner is attachment:
+                self._vacate(attachment.slot, is_gone=is_gone, was_closed=was_closed)
+            self._condition.notify_all()
+
+    def _vacate(self, slot: Slot, *, is_gone: bool, was_closed: bool = False) -> None:
+        owner = slot.owner
+        assert isinstance(owner, Attachment)
+        slot.owner = None
+        slot.is_tainted = slot.is_tainted or not is_gone
+        if not was_closed:
+            self._lost_slots.add(slot.index)
+        error = SaveFailedError("its process was lost before every rank had sealed", rank=owner.rank)
+        for generation in slot.generations:
+            if generation.state is State.FILLING:
+                if generation.save_id is not None and generation.save_id not in self._jobs:
+                    self._remember(generation.save_id, error)
+                generation.free()
+        for job in list(self._jobs.values()):
+            rank = self._rank_of(job, owner)
+            if job.stage is not Stage.GATHERING or rank is None or (was_closed and rank in job.parts):
+                continue
+            what = "closed its store" if was_closed else "was lost"
+            self._drop(job, SaveFailedError(f"rank {rank} {what} before every rank had sealed", rank=rank))
+
+    def _rank_of(self, job: SaveJob, who: Attachment) -> int | None:
+        if who.rank is not None:
+            return who.rank if who.rank in job.local_ranks else None
+        return next((rank for rank in job.local_ranks if self._slot_of(job, rank) is who.slot), None)
+
+    def _slot_of(self, job: SaveJob, rank: int) -> Slot | None:
+        """Where a rank copies to; by order as long as it has neither said so nor sealed."""
+        for slot in self.slots.values():
+            if slot.rank == rank and slot.owner is not None:
+                return slot
+        position = job.local_ranks.index(rank)
+        in_order = [self.slots[index] for index in sorted(self.slots)]
+        if len(in_order) == len(job.local_ranks):
+            return in_order[position]
+        return self.slots.get(position)
+
+    def emit(self, event: Event) -> None:
+        """Tell every attached rank. Never blocks."""
+        with self._condition:
+            if event.kind == "failed":
+                self.failures += 1
+            for attachment in self.attached:
+                attachment.send(event)
+
+    # ------------------------------------------------------------------ sealing
+
+    def seal(self, who: Attachment, index: int, request: SealRequest) -> None:
+        """Take a filled generation into its save.
+
+        Raises:
+            ConfigError: the request contradicts itself, the layout, or what other ranks said.
+            SaveFailedError: the save was dropped meanwhile; the generation is free again.
+        """
+        self._check(request)
+        with self._condition:
+            who.slot.check_owner(who)
+            generation = who.slot.filling(index)
+            layout = who.slot.layout
+            if layout is None or who.slot.layout_id != request.layout_id:
+                raise ConfigError(f"save {request.save_id} was copied into another layout than the arena has")
+            if (error := self._dropped.get(request.save_id)) is not None:
+                generation.free()
+                self._condition.notify_all()
+                raise error
+            shape = (request.step, request.world_size, request.num_nodes, request.node, request.local_ranks)
+            job = self._jobs.get(request.save_id)
+            if job is None:
+                now = self._clock.monotonic()
+                job = SaveJob(request.save_id, request.step, shape, request.local_ranks, now)
+                self._jobs[request.save_id] = job
+            if job.shape != shape or request.rank in job.parts:
+                raise ConfigError(f"rank {request.rank}'s seal of save {request.save_id} contradicts earlier ones")
+            generation.state, generation.save_id = State.SEALED, request.save_id
+            job.parts[request.rank] = Part(request, generation, layout, who.slot.pieces)
+            who.rank = who.slot.rank = request.rank
+            if job.missing:
+                lost = [r for r in job.missing if self._is_lost(self._slot_of(job, r))]
+                if lost:
+                    raise self._drop(
+                        job, SaveFailedError(f"rank {lost[0]} was lost before it had sealed", rank=lost[0])
+                    )
+                return
+            job.stage = Stage.WRITING
+            self.emit(Event("sealed", job.save_id, job.step))
+        threading.Thread(target=self._write, args=(job,), name=f"write-{job.save_id}", daemon=True).start()
+
+    def _is_lost(self, slot: Slot | None) -> bool:
+        return slot is not None and slot.owner is None and slot.index in self._lost_slots
+
+    def _check(self, request: SealRequest) -> None:
+        names.check_save_id(request.save_id)
+        ranks = request.local_ranks
+        if request.rank not in ranks or len(set(ranks)) != len(ranks) or max(ranks) >= request.world_size:
+            raise ConfigError(f"rank {request.rank} is not one of the local ranks {list(ranks)}")
+        if request.num_nodes == 1 and len(ranks) != request.world_size:
+            raise ConfigError(f"on one node all {request.world_size} ranks are local, not {list(ranks)}")
+        summary = request.summary
+        if (summary is None) != (request.rank != 0):
+            raise ConfigError("rank 0, and no other, seals with the summary")
+        if summary is not None and (summary.run, summary.save_id, summary.step, summary.world_size) != (
+            self.run, request.save_id, request.step, request.world_size,
+        ):  # fmt: skip
+            raise ConfigError(f"the summary sealed with save {request.save_id} is another save's")
+
+    def _drop(self, job: SaveJob, error: CkptError) -> CkptError:
+        """Forget a save that isn't durable, and say so. Hold the condition. Returns the error."""
+        self._jobs.pop(job.save_id, None)
+        for part in job.parts.values():
+            part.generation.free()
+        self._remember(job.save_id, error)
+        self._condition.notify_all()
+        log.warning("save %s of %s, step %d, dropped: %s", job.save_id, self.run, job.step, error.message)
+        self.emit(Event.failure(error, save_id=job.save_id, step=job.step, level="staged"))
+        return error
+
+    def _remember(self, save_id: str, error: CkptError) -> None:
+        self._dropped[save_id] = error
+        while len(self._dropped) > _REMEMBERED:
+            del self._dropped[next(iter(self._dropped))]
+
+    def discard(self, save_id: str, reason: str) -> bool:
+        """Drop a save that isn't complete; False if it is, and stays.
+
+        A part that is prepared is deleted. One that is being written stops, or is complete after all: the events tell.
+        """
+        names.check_save_id(save_id)
+        with self._condition:
+            job = self._jobs.get(save_id)
+            if job is not None and job.stage is Stage.WRITING:
+                job.abandoned = reason
+                return True
+            if job is not None:
+                self._drop(job, SaveFailedError(reason))
+                return True
+            self._remember(save_id, SaveFailedError(reason))
+        save = self._tier.find(self.run, save_id)
+        if save is None:
+            return True
+        if save.state == "complete":
+            return False
+        self._tier.delete(self.run, save_id)
+        return True
+
+    def check_deadlines(self) -> None:
+        """Drop saves whose other ranks don't come."""
+        with self._condition:
+            now = self._clock.monotonic()
+            for job in list(self._jobs.values()):
+                if job.stage is Stage.GATHERING and now - job.begun > self.config.deadline_s:
+                    ranks = ", ".join(str(rank) for rank in job.missing)
+                    error = SaveFailedError(
+                        f"rank {ranks} did not seal within {self.config.deadline_s} s", rank=job.missing[0]
+                    )
+                    self._drop(job, error)
+
+    # ------------------------------------------------------------------ writing and committing
+
+    def _write(self, job: SaveJob) -> None:
+        """The thread of one save."""
+        parts = [job.parts[rank] for rank in job.local_ranks]
+        images = [Image(p.request, p.layout, p.pieces, memoryview(p.generation.memory)) for p in parts]
+        written: Written | None = None
+        failure: CkptError | None = None
+        level = "local"
+        try:
+            written = write_part(
+                self._tier,
+                self.run,
+                images,
+                chunk_elements=self.config.chunk_elements,
+                is_abandoned=lambda: job.abandoned is not None,
+            )
+        except Abandoned:
+            failure, level = SaveFailedError(job.abandoned or "discarded"), "staged"
+        except CkptError as error:
+            failure = error
+        except Exception as error:
+            log.exception("writing save %s of %s", job.save_id, self.run)
+            failure = StorageError(f"unexpected {type(error).__name__} while writing: {error}")
+        finally:
+            for image in images:
+                image.memory.release()
+        with self._condition:
+            self._jobs.pop(job.save_id, None)
+            for part in parts:
+                part.generation.free()
+            self._condition.notify_all()
+        if failure is not None:
+            log.error("save %s of %s, step %d, failed: %s", job.save_id, self.run, job.step, failure)
+            self.emit(Event.failure(failure, save_id=job.save_id, step=job.step, level=level))
+        elif written is not None:
+            self._written(job, written)
+
+    def _written(self, job: SaveJob, written: Written) -> None:
+        size = sum(shard.file_bytes for shard in written.shards)
+        log.info(
+            "%s save %s of %s, step %d: %d bytes, written in %.3f s, committed in %.3f s",
+            "prepared" if written.root is None else "committed",
+            *(job.save_id, self.run, job.step, size, written.timing["write"], written.timing["commit"]),
+        )
+        if written.root is not None:
+            self.completed(written.root)
+        else:
+            shards = [shard.model_dump(mode="json") for shard in written.shards]
+            self.emit(Event("prepared", job.save_id, job.step, {"shards": shards}))
+        self._notify_uploaders()
+
+    def completed(self, root: RootManifest) -> None:
+        """A save became complete in the local tier."""
+        summary = root.summary
+        with self._condition:
+            newest = self.last_local
+            if newest is None or (newest.timeline, newest.step) <= (summary.timeline, summary.step):
+                self.last_local = summary
+        self.emit(Event("local", summary.save_id, summary.step, {"summary": summary.model_dump(mode="json")}))
+
+    def complete(self, save_id: str, root_bytes: bytes) -> None:
+        """Make a prepared part complete; fine if it is.
+
+        Raises:
+            CheckpointNotFoundError: this node has no part of it.
+            CkptError: as :func:`ckptstore.repo.commit.complete`.
+        """
+        root = RootManifest.decode(root_bytes, what=f"root manifest of save {save_id}")
+        save = self._tier.find(self.run, names.check_save_id(save_id))
+        if save is None:
+            raise CheckpointNotFoundError(f"this node has no part of save {save_id}", run=self.run)
+        commit.complete(save.path, root)
+        self.completed(root)
+        self._notify_uploaders()
+
+    def claim_timeline(self, at_least: int, record: Mapping[str, Any] | bytes) -> int:
+        """Take the first free timeline number from ``at_least`` on, durably, for this tier."""
+        number = max(1, at_least)
+        while True:
+            data = record if isinstance(record, bytes) else canonical({**record, "timeline": number})
+            if self._tier.claim_timeline(self.run, number, data):
+                return number
+            number += 1
+
+    def _notify_uploaders(self) -> None:
+        for uploader in list(self.uploaders.values()):
+            uploader.notify()
+
+    # ------------------------------------------------------------------ looking at it
+
+    def live(self) -> set[str]:
+        """Saves whose staging directories are in use."""
+        with self._condition:
+            return set(self._jobs)
+
+    def is_busy(self) -> bool:
+        """Whether anything is staged, or can be uploaded now."""
+        with self._condition:
+            filling = any(g.state is State.FILLING for s in self.slots.values() for g in s.generations)
+            return filling or bool(self._jobs) or any(u.has_work() for u in self.uploaders.values())
+
+    def is_staging(self) -> bool:
+        """Whether a save has a seal and no end yet."""
+        with self._condition:
+            return bool(self._jobs)
+
+    def is_settled(self) -> bool:
+        """Whether nothing is staged and every remote has everything."""
+        with self._condition:
+            return not self._jobs and all(u.is_settled() for u in self.uploaders.values())
+
+    def describe(self) -> dict[str, Any]:
+        """For ``status``."""
+        with self._condition:
+            return {
+                "ranks_attached": sorted(a.slot.index for a in self.attached if a.slot.owner is a),
+                "saves": [
+                    {"save_id": j.save_id, "step": j.step, "stage": j.stage.value, "ranks_missing": j.missing}
+                    for j in self._jobs.values()
+                ],
+                "last_local": brief(self.last_local),
+                "failures": self.failures,
+                "remotes": {name: uploader.describe() for name, uploader in self.uploaders.items()},
+                "now": rfc3339(self._clock.now()),
+            }

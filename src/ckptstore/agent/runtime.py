@@ -1,0 +1,292 @@
+"""Where an agent's socket, lock and log live, who becomes the agent of a root, and how it is started.
+
+Everything is in a node-private directory of the user (``$XDG_RUNTIME_DIR/ckptstore``, else
+``<tmp>/ckptstore-<uid>``), never in the root, which may be on a shared file system. Each root has a folder there, named
+by a hash of its real path::
+
+    agent.lock    flock held by the one agent for its whole life
+    spawn.lock    flock held by the trainer that starts it, so that sixteen ranks start one process, not sixteen
+    agent.sock    agent.log
+
+The locks are flocks: the kernel drops them with their holder, so no crash leaves one behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import select
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptstore.errors import ConfigError, StorageError, TransientError
+
+#: What an agent may inherit. Credentials are not among it: they come over the socket, per run, and stay in memory.
+#: HOME lets an SDK find its own profile files; proxies are left out because their URLs carry passwords.
+ENVIRONMENT = (
+    "AWS_CA_BUNDLE", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LOGNAME", "PATH", "PYTHONHOME", "PYTHONPATH",
+    "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV", "XDG_RUNTIME_DIR",
+)  # fmt: skip
+
+#: sun_path's size; longer socket paths are reached through a descriptor of their directory.
+MAX_SOCKET_PATH_BYTES = 100
+MAX_LOG_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class RuntimeDir:
+    """The runtime folder of one root's agent."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, root: Path) -> RuntimeDir:
+        """Where the agent of ``root`` lives or last lived, else where a new one would. Makes nothing."""
+        places = cls.all_of(root)
+        return next((place for place in places if place.lock.exists()), places[0])
+
+    @classmethod
+    def all_of(cls, root: Path) -> list[RuntimeDir]:
+        """Everywhere an agent of ``root`` may live, the preferred place first.
+
+        A login shell and a batch job of one user may differ in ``XDG_RUNTIME_DIR``.
+        """
+        return [cls(base / _key(root)) for base in _bases(os.environ)]
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "agent.lock"
+
+    @property
+    def spawn_lock(self) -> Path:
+        return self.path / "spawn.lock"
+
+    @property
+    def socket(self) -> Path:
+        return self.path / "agent.sock"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "agent.log"
+
+    def create(self) -> None:
+        """Make it (0700) and everything above it that is ours.
+
+        Raises:
+            ConfigError: somebody else's, or open to others.
+        """
+        _private_dir(self.path.parent)
+        _private_dir(self.path)
+
+
+def _key(root: Path) -> str:
+    return hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
+
+
+def _bases(environ: Mapping[str, str]) -> list[Path]:
+    bases = []
+    xdg = environ.get("XDG_RUNTIME_DIR", "")
+    # Batch systems pass the variable on to nodes where the directory does not exist.
+    if Path(xdg).is_absolute() and os.path.isdir(xdg) and os.access(xdg, os.W_OK | os.X_OK):
+        bases.append(Path(xdg) / "ckptstore")
+    bases.append(Path(tempfile.gettempdir()) / f"ckptstore-{os.getuid()}")
+    return bases
+
+
+def _private_dir(path: Path) -> None:
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        status = os.lstat(path)
+    except OSError as error:
+        raise ConfigError(
+            f"can't make the runtime directory {path}: {error.strerror}", hint="set XDG_RUNTIME_DIR or TMPDIR"
+        ) from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ConfigError(
+            f"{path} is not a private directory of this user",
+            hint="remove it if it isn't in use, or set XDG_RUNTIME_DIR to a directory of yours",
+            path=str(path),
+        )
+
+
+def try_lock(path: Path) -> int | None:
+    """A descriptor holding the flock of ``path``; None if another process holds it. Closing it unlocks."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket under ``path``, whose name is taken from whatever was there. Hold the lock to call this."""
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _short(path) as address:
+            sock.bind(address)
+        path.chmod(0o600)
+        sock.listen(128)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def dial(path: Path, timeout_s: float = 5.0) -> socket.socket | None:
+    """A connection to the agent listening at ``path``; None if nobody listens.
+
+    Raises:
+        ConfigError: the directory is not private: who listens there could be anybody.
+    """
+    try:
+        status = os.lstat(path.parent)
+    except FileNotFoundError:
+        return None
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ConfigError(f"{path.parent} is not a private directory of this user", path=str(path.parent))
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        with _short(path) as address:
+            sock.connect(address)
+        sock.settimeout(None)
+    except (FileNotFoundError, ConnectionError, TimeoutError, BlockingIOError):
+        sock.close()
+        return None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
+        yield str(path)
+        return
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
+def start_agent(root: Path, directory: RuntimeDir, *, idle_exit_seconds: float, timeout_s: float) -> None:
+    """Start the agent of ``root`` unless somebody else's is there; returns when one listens, or is about to.
+
+    The process is its own session, has a log instead of our stdio, no descriptor of ours, and an environment without
+    secrets. It is nobody's child: it survives us, and leaves no zombie when it exits before us.
+
+    Raises:
+        TransientError: not ready within ``timeout_s``.
+        StorageError: it could not start; the message says why.
+    """
+    directory.create()
+    deadline = time.monotonic() + timeout_s
+    while (lock := try_lock(directory.spawn_lock)) is None:
+        if time.monotonic() > deadline:
+            raise TransientError(f"another process has been starting the agent of {root} for {timeout_s} s")
+        time.sleep(0.02)
+    try:
+        if (sock := dial(directory.socket)) is not None:
+            sock.close()
+            return
+        _spawn(root, directory, idle_exit_seconds, deadline)
+    finally:
+        os.close(lock)
+
+
+def _spawn(root: Path, directory: RuntimeDir, idle_exit_seconds: float, deadline: float) -> None:
+    ready, ready_end = os.pipe()
+    log = _open_log(directory.log)
+    try:
+        command = [
+            sys.executable, "-m", "ckptstore.agent", "--root", str(root), "--runtime", str(directory.path),
+            "--idle-exit-seconds", repr(idle_exit_seconds), "--ready-fd", str(ready_end),
+        ]  # fmt: skip
+        starter = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            close_fds=True,
+            pass_fds=(ready_end,),
+            start_new_session=True,
+            cwd="/",
+            env=agent_environment(os.environ),
+        )
+        os.close(ready_end)
+        ready_end = -1
+        answer = _read_line(ready, deadline)
+        # It leaves as soon as it has put the agent into the background; only a broken interpreter stays.
+        try:
+            starter.wait(max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            starter.kill()
+            starter.wait()
+    except OSError as error:
+        raise StorageError(f"can't start the node agent: {error}") from error
+    finally:
+        os.close(log)
+        os.close(ready)
+        if ready_end >= 0:
+            os.close(ready_end)
+    if answer is None:
+        raise TransientError(
+            f"the agent of {root} was not ready in time", hint=f"see {directory.log}; raise agent_start_timeout_s"
+        )
+    if not answer:
+        raise StorageError(f"the agent of {root} could not start", hint=f"see {directory.log}")
+    said = json.loads(answer)
+    if "error" in said:
+        from ckptstore.agent.protocol import error_from_wire
+
+        raise error_from_wire(said["error"])
+
+
+def _read_line(fd: int, deadline: float) -> bytes | None:
+    """What the agent reports; b"" when it died first, None when time is up."""
+    line = b""
+    while not line.endswith(b"\n"):
+        readable, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        if not readable:
+            return None
+        part = os.read(fd, 65536)
+        if not part:
+            return b""
+        line += part
+    return line
+
+
+def _open_log(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        if os.lstat(path).st_size > MAX_LOG_BYTES:
+            os.replace(path, path.with_suffix(".log.1"))
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def agent_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment an agent gets: an allow-list, plus where to import this package from."""
+    kept = {name: environ[name] for name in ENVIRONMENT if name in environ}
+    home = Path(__file__).resolve().parents[2]
+    # Installed packages are found anyway, and site-packages in front of the standard library would shadow it.
+    if home.name not in ("site-packages", "dist-packages"):
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), kept.get("PYTHONPATH", "")]))
+    return kept

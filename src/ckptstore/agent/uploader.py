@@ -1,0 +1,429 @@
+"""From committed local files to one remote, newest first, for as long as it takes.
+
+There is no queue on disk: what is pending is every local save of the run that the remote has no commit of, so an agent
+that starts after a crash goes on where the last one stopped. A remote that is away is tried again at a bounded rate for
+ever; one that refuses us is reported once per save and tried again slowly, or when a trainer brings new credentials.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptstore.agent.arena import libc
+from ckptstore.agent.protocol import Event
+from ckptstore.clock import Clock, parse_rfc3339
+from ckptstore.config import StoreConfig
+from ckptstore.errors import CkptError, ConfigError, CredentialsError, NoStoreError, NotFoundError, TransientError
+from ckptstore.format.manifest import RootManifest, ShardManifest, Summary
+from ckptstore.repo import commit, names
+from ckptstore.repo.local import LocalSave, LocalTier
+
+if TYPE_CHECKING:
+    from ckptstore.repo.progress import Progress
+    from ckptstore.repo.remote import RemoteTier
+
+log = logging.getLogger("ckptstore.agent")
+
+MAX_PAUSE_SECONDS = 60.0
+#: After a refusal: somebody has to do something, and may do it without telling us.
+REFUSED_PAUSE_SECONDS = 300.0
+MAX_POLL_SECONDS = 15.0
+#: How long a part of a save on several nodes counts as work while its siblings are missing.
+SIBLING_PATIENCE_SECONDS = 60.0
+
+
+@dataclass
+class Upload:
+    """One pending save on its way to this remote."""
+
+    save: LocalSave
+    state: str = "queued"
+    attempts: int = 0
+    due: float = 0.0
+    pushed_at: float | None = None
+    poll_seconds: float = 0.5
+    error: CkptError | None = None
+    is_reported: bool = False
+    stored_bytes: int = 0
+    sent_bytes: int = 0
+    progress: Progress | None = None
+    shards: list[ShardManifest] | None = None
+
+
+class Uploader:
+    """The queue of one remote and the thread that works on it.
+
+    Args:
+        tier: where saves come from.
+        run, name, url: which remote of which run.
+        environ: credentials; kept in memory, never shown.
+        config: of the newest attachment.
+        emit: tells the trainers.
+        completed: told when a prepared local part became complete because the remote has all the others.
+    """
+
+    def __init__(
+        self,
+        tier: LocalTier,
+        run: str,
+        name: str,
+        url: str,
+        environ: dict[str, str],
+        config: StoreConfig,
+        emit: Callable[[Event], None],
+        completed: Callable[[RootManifest], None],
+        clock: Clock,
+    ) -> None:
+        self.run = run
+        self.name = name
+        self.url = url
+        self.last_remote: Summary | None = None
+        self._tier = tier
+        self._environ = environ
+        self._config = config
+        self._emit = emit
+        self._completed = completed
+        self._clock = clock
+        self._condition = threading.Condition()
+        self._uploads: dict[str, Upload] = {}
+        self._committed: set[str] | None = None
+        self._claimed: set[int] = set()
+        self._remote: RemoteTier | None = None
+        self._is_stale = True
+        self._is_reopened = False
+        self._is_stopping = False
+        self._is_refused = False
+        self._pause_until = 0.0
+        self._failures = 0
+        self._error: CkptError | None = None
+        self._thread = threading.Thread(target=self._loop, name=f"upload-{run}-{name}", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ called by others
+
+    def notify(self) -> None:
+        """The local tier has a new save."""
+        with self._condition:
+            self._is_stale = True
+            if self._is_refused:
+                self._pause_until = 0.0  # one try for each new save, so that its trainer hears of the refusal
+            self._condition.notify_all()
+
+    def refresh(self, environ: Mapping[str, str], config: StoreConfig) -> None:
+        """A trainer attached: use its credentials, also in requests under way, and try everything again now."""
+        with self._condition:
+            self._environ.update(environ)
+            for name in set(self._environ) - set(environ):
+                del self._environ[name]
+            self._config = config
+            self._is_stale = self._is_reopened = True
+            self._is_refused = False
+            self._pause_until = 0.0
+            self._failures = 0
+            for upload in self._uploads.values():
+                upload.due, upload.is_reported = 0.0, False
+            self._condition.notify_all()
+
+    def stop(self) -> None:
+        """Stop after the chunk at hand. What is pending stays pending."""
+        with self._condition:
+            self._is_stopping = True
+            self._condition.notify_all()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def has_work(self) -> bool:
+        """Whether waiting can help: not so after a refusal, or while other nodes' parts don't come."""
+        with self._condition:
+            if self._is_refused:
+                return False
+            now = self._clock.monotonic()
+            return self._is_stale or any(_is_workable(upload, now) for upload in self._uploads.values())
+
+    def is_settled(self) -> bool:
+        """Whether the remote has everything the local tier has."""
+        with self._condition:
+            return not self._is_stale and not self._uploads
+
+    def describe(self) -> dict[str, Any]:
+        """For ``status``: nothing secret."""
+        with self._condition:
+            now = self._clock.now()
+            queue = sorted(self._uploads.values(), key=_age, reverse=True)
+            created = [u.save.summary.created_at for u in queue if u.save.summary is not None]
+            ages = [(now - parse_rfc3339(text)).total_seconds() for text in created]
+            error = self._error
+            return {
+                "lag_seconds": round(max(ages, default=0.0), 3),
+                "is_refused": self._is_refused,
+                "error": None if error is None else {"class": type(error).__name__, "message": error.message},
+                "last_remote": brief(self.last_remote),
+                "queue": [
+                    {
+                        "save_id": u.save.save_id,
+                        "step": u.save.step,
+                        "state": u.state,
+                        "attempts": u.attempts,
+                        "sent_bytes": u.sent_bytes + (u.progress.sent_bytes if u.progress else 0),
+                        "plain_done_bytes": u.progress.plain_done if u.progress else 0,
+                        "plain_total_bytes": u.progress.plain_total if u.progress else 0,
+                        "error": None if u.error is None else u.error.message,
+                    }
+                    for u in queue
+                ],
+            }
+
+    # ------------------------------------------------------------------ the thread
+
+    def _loop(self) -> None:
+        while True:
+            with self._condition:
+                while not self._is_stopping and (wait := self._seconds_to_wait()) > 0:
+                    self._condition.wait(min(wait, 3600.0))
+                if self._is_stopping:
+                    return
+            try:
+                self._round()
+                self._failures, self._error, self._is_refused = 0, None, False
+            except CkptError as error:
+                self._pause(error)
+            except Exception as error:
+                log.exception("uploading %s to %s", self.run, self.name)
+                self._pause(CkptError(f"unexpected {type(error).__name__}: {error}"))
+
+    def _seconds_to_wait(self) -> float:
+        now = self._clock.monotonic()
+        if self._pause_until > now:
+            return self._pause_until - now
+        if self._is_stale:
+            return 0.0
+        return min((upload.due - now for upload in self._uploads.values()), default=3600.0)
+
+    def _pause(self, error: CkptError) -> None:
+        """The remote as a whole can't be used now."""
+        is_refused = isinstance(error, (CredentialsError, NoStoreError, ConfigError))
+        with self._condition:
+            self._error = error
+            self._failures += 1
+            pause = _back_off(self._failures, error)
+            if is_refused or not isinstance(error, TransientError):
+                pause = REFUSED_PAUSE_SECONDS
+            # A refresh that came while we were failing has the last word: it may have brought what was missing.
+            if not self._is_reopened:
+                self._is_refused = self._is_refused or is_refused
+                self._pause_until = self._clock.monotonic() + pause
+            waiting = list(self._uploads.values())
+        if self._failures == 1 or is_refused:
+            log.warning("remote %s of %s: %s; again in %.0f s", self.name, self.run, error, pause)
+        if not isinstance(error, TransientError):
+            for upload in waiting:
+                self._report(upload, error)
+
+    def _report(self, upload: Upload, error: CkptError) -> None:
+        upload.error = error
+        if not upload.is_reported:
+            upload.is_reported = True
+            save = upload.save
+            told = {"level": "remote", "remote": self.name}
+            self._emit(Event.failure(error, save_id=save.save_id, step=save.step, **told))
+
+    def _round(self) -> None:
+        """Look once at what is pending, and work on the newest save that is due."""
+        with self._condition:
+            is_stale, self._is_stale = self._is_stale, False
+            if self._is_reopened:
+                self._remote, self._committed, self._is_reopened = None, None, False
+        if is_stale:
+            try:
+                self._derive_local()
+            except BaseException:
+                self._is_stale = True
+                raise
+        if self._uploads and self._committed is None:
+            self._ask_remote(self._open())
+        now = self._clock.monotonic()
+        due = [upload for upload in self._uploads.values() if upload.due <= now]
+        if due:
+            self._work_on(self._open(), max(due, key=_age))
+
+    def _open(self) -> RemoteTier:
+        if self._remote is None:
+            from ckptstore.blob import open_blob_store
+            from ckptstore.repo.remote import RemoteTier
+
+            self._remote = RemoteTier(open_blob_store(self.url, environ=self._environ), self.run, self.name)
+        return self._remote
+
+    def _derive_local(self) -> None:
+        """Pending is what the local tier has and the remote hasn't; nothing else is remembered."""
+        here = {s.save_id: s for s in self._tier.saves(self.run) if s.damaged is None}
+        with self._condition:
+            for save_id in set(self._uploads) - set(here):
+                del self._uploads[save_id]
+            for save_id, save in here.items():
+                if save_id in self._uploads:
+                    self._uploads[save_id].save = save
+                elif self._committed is None or save_id not in self._committed:
+                    self._uploads[save_id] = Upload(save)
+
+    def _ask_remote(self, remote: RemoteTier) -> None:
+        """Leave out what the remote has; a part whose save is committed there is complete: all of it is durable."""
+        saves = remote.saves()
+        with self._condition:
+            self._committed = {save.save_id for save in saves}
+            there = [(save, self._uploads.pop(save.save_id)) for save in saves if save.save_id in self._uploads]
+        for save, upload in there:
+            if upload.save.state == "prepared":
+                self._complete(upload.save, remote.root_manifest(save))
+
+    def _complete(self, save: LocalSave, root: RootManifest) -> None:
+        now = self._tier.find(self.run, save.save_id)
+        if now is not None and now.state == "prepared":
+            commit.complete(now.path, root)
+            self._completed(root)
+
+    def _work_on(self, remote: RemoteTier, upload: Upload) -> None:
+        """Push one save, or ask whether the other nodes' parts have come."""
+        save = upload.save
+        try:
+            if upload.pushed_at is None:
+                self._claim_timeline(remote, save)
+                root = self._push(remote, upload)
+            else:
+                root = remote.try_commit(save.save_id, upload.shards or ())
+                self._poll_later(upload)
+            if root is not None:
+                self._committed_now(upload, root)
+        except (TransientError, CredentialsError, NoStoreError, ConfigError):
+            upload.state = "queued"
+            raise
+        except CkptError as error:
+            if isinstance(error, NotFoundError) and self._tier.find(self.run, save.save_id) is None:
+                self.notify()  # deleted while it was being read
+                return
+            log.error("save %s of %s to %s: %s", save.save_id, self.run, self.name, error)
+            upload.state = "failed"
+            upload.due = self._clock.monotonic() + REFUSED_PAUSE_SECONDS
+            self._report(upload, error)
+
+    def _push(self, remote: RemoteTier, upload: Upload) -> RootManifest | None:
+        from ckptstore.repo.upload import push
+
+        def note(progress: Progress) -> None:
+            upload.progress = progress
+
+        upload.attempts += 1
+        upload.state = "uploading"
+        result = push(
+            self._tier,
+            upload.save.path,
+            self.run,
+            remote,
+            config=self._config,
+            progress=note,
+            cancelled=lambda: self._is_stopping,
+        )
+        upload.sent_bytes += result.sent_bytes
+        upload.stored_bytes = max(upload.stored_bytes, result.stored_bytes)
+        upload.progress = None
+        if result.is_cancelled:
+            upload.state = "queued"
+        elif result.committed is None:
+            upload.state = "waiting"
+            upload.shards = self._tier.shard_manifests_present(upload.save.path)
+            upload.pushed_at = self._clock.monotonic()
+            self._poll_later(upload)
+        return result.committed
+
+    def _poll_later(self, upload: Upload) -> None:
+        upload.due = self._clock.monotonic() + upload.poll_seconds
+        upload.poll_seconds = min(MAX_POLL_SECONDS, upload.poll_seconds * 1.5)
+
+    def _committed_now(self, upload: Upload, root: RootManifest) -> None:
+        if upload.save.state == "prepared":
+            # Every rank's part is durable in the remote: the save exists, whatever became of its trainers.
+            self._complete(upload.save, root)
+        summary = root.summary
+        with self._condition:
+            if self._committed is not None:
+                self._committed.add(summary.save_id)
+            self._uploads.pop(summary.save_id, None)
+            if self.last_remote is None or _order(self.last_remote) <= _order(summary):
+                self.last_remote = summary
+        log.info(
+            "save %s of %s, step %d, is on %s: %d bytes sent, %d stored",
+            *(summary.save_id, self.run, summary.step, self.name, upload.sent_bytes, upload.stored_bytes),
+        )
+        self._emit(
+            Event(
+                "remote",
+                summary.save_id,
+                summary.step,
+                {
+                    "remote": self.name,
+                    "stored_bytes": upload.stored_bytes,
+                    "sent_bytes": upload.sent_bytes,
+                    "summary": summary.model_dump(mode="json"),
+                },
+            )
+        )
+        if not self._uploads:
+            _trim_memory()
+
+    def _claim_timeline(self, remote: RemoteTier, save: LocalSave) -> None:
+        """Let other machines know that this timeline is taken. Best effort: saves never collide, whoever has it."""
+        if save.summary is None or save.summary.timeline in self._claimed:
+            return
+        number = save.summary.timeline
+        self._claimed.add(number)
+        record = self._tier.timeline_record(self.run, number)
+        if record is None:
+            return
+        try:
+            if not remote.claim_timeline(number, record):
+                log.warning("timeline %d of %s is somebody else's on %s", number, self.run, self.name)
+        except CkptError as error:
+            log.warning("can't claim timeline %d of %s on %s: %s", number, self.run, self.name, error)
+
+
+def brief(summary: Summary | None) -> dict[str, Any] | None:
+    """Which save, for ``status``."""
+    if summary is None:
+        return None
+    return {"save_id": summary.save_id, "step": summary.step, "created_at": summary.created_at}
+
+
+def _order(summary: Summary) -> tuple[int, int]:
+    return summary.timeline, summary.step
+
+
+def _age(upload: Upload) -> tuple[float, int, int]:
+    """Sorts older before newer. A part without the summary is of a job that runs on several nodes now."""
+    save = upload.save
+    timeline = float("inf") if save.summary is None else float(save.summary.timeline)
+    return timeline, save.step, names.split_save_id(save.save_id)[1]
+
+
+def _is_workable(upload: Upload, now: float) -> bool:
+    if upload.state == "failed":
+        return False
+    return upload.pushed_at is None or now - upload.pushed_at < SIBLING_PATIENCE_SECONDS
+
+
+def _back_off(failures: int, error: CkptError) -> float:
+    wanted = error.context.get("retry_after_s")
+    least = float(wanted) if isinstance(wanted, (int, float)) else 0.0
+    return max(least, min(MAX_PAUSE_SECONDS, 2.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1.0))  # noqa: S311
+
+
+def _trim_memory() -> None:
+    """Give freed pack buffers back to the system: an idle agent is small."""
+    with suppress(AttributeError, OSError):
+        libc().malloc_trim(0)

@@ -1,0 +1,132 @@
+"""The command group: finds verbs by name, turns errors into sentences and exit codes."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from ckptstore.cli.options import Settings, shared_options
+from ckptstore.errors import CkptError
+
+#: Verb -> the line `ckptctl --help` shows. The verb lives in `cli/verbs/<name>.py` as `command`.
+VERBS = {
+    "list": "Show the checkpoints of a store, with tiers, sizes and metrics.",
+    "show": "Show one checkpoint in detail.",
+    "restore": "Rebuild a local tier from a remote, on a fresh node.",
+    "verify": "Check structure, or every byte, and say what is damaged.",
+    "push": "Upload what the remote lacks.",
+    "status": "Say what would be lost if this process, machine or site died now.",
+    "doctor": "Try what a store needs, and name a fix for each finding.",
+    "agent": "Look after the node agent: logs, stop.",
+    "demo": "Train, lose the machine, restore, go on with the same losses.",
+    "version": "Print versions.",
+}
+
+EXIT_CODES = """\b
+Exit codes:
+  0 ok   1 unexpected   2 usage or configuration   3 finished with findings
+  10 no store   12 credentials   13 no such checkpoint   14 exists   15 no space
+  20 damage   21 incomplete   22 format   75 temporary, try again   130 interrupted"""
+
+
+class VerbGroup(click.Group):
+    """Imports a verb's module only when that verb is used, so that `list` never pays for `doctor`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"ckptstore.cli.verbs.{cmd_name}_")
+        command: click.Command = module.command
+        command.short_help = VERBS[cmd_name]
+        command.epilog = EXIT_CODES
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in VERBS and not name.startswith("-"):
+            close = difflib.get_close_matches(name, VERBS, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else " See 'ckptctl --help'."
+            raise click.UsageError(f"No such verb '{name}'.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@shared_options
+def cli(**_: Any) -> None:
+    """Look after checkpoints: where each one is, whether it is whole, and how to get it back.
+
+    \b
+    Examples:
+      ckptctl list /data/ckpt
+      ckptctl restore s3://bucket/prefix --to /data/ckpt
+      ckptctl -s /data/ckpt --json status
+
+    STORE is a local root or a remote URL (s3://, oss://, file://). Without one, CKPTSTORE_LOCAL and
+    CKPTSTORE_REMOTE are used.
+    """
+
+
+def _report(error: CkptError, *, as_json: bool) -> int:
+    code = error.exit_code
+    if as_json:
+        record = {
+            "message_type": "exit_error",
+            "code": code,
+            "error": type(error).__name__,
+            "message": error.message,
+            "hint": error.hint,
+        }
+        print(json.dumps(record), file=sys.stderr)
+    else:
+        print(f"ckptctl: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
+    return code
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `ckptctl`; always ends in SystemExit with a documented code."""
+    args = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in args
+    try:
+        code = cli.main(args=args, prog_name="ckptctl", standalone_mode=False, obj=Settings())
+    except click.exceptions.Abort:
+        code = 130
+        print("ckptctl: interrupted", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        print("ckptctl: interrupted", file=sys.stderr)
+    except click.ClickException as error:
+        code = 2
+        if as_json:
+            _report(_usage(error), as_json=True)
+        else:
+            error.show()
+    except CkptError as error:
+        code = _report(error, as_json=as_json)
+    except BrokenPipeError:
+        # The reader went away (`ckptctl list | head`); that is not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    raise SystemExit(code or 0)
+
+
+def _usage(error: click.ClickException) -> CkptError:
+    from ckptstore.errors import ConfigError
+
+    return ConfigError(error.format_message(), hint="see 'ckptctl --help'")

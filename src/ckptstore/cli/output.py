@@ -1,0 +1,74 @@
+"""How results look: JSON documents for scripts, tables for people. Data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from datetime import datetime, timezone
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def plain(text: object) -> str:
+    """Text without control characters, so that a stored name can't drive the terminal."""
+    return _CONTROL.sub("?", str(text))
+
+
+def print_json(**fields: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **fields}, indent=2, allow_nan=False) + "\n")
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    print(plain(text), file=sys.stderr)
+
+
+def human_bytes(size: int | None) -> str:
+    """``1.5 GiB``; binary units, three digits."""
+    if size is None:
+        return "-"
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def human_age(when: datetime, now: datetime | None = None) -> str:
+    """``3 min ago``."""
+    return human_seconds(((now or datetime.now(timezone.utc)) - when).total_seconds()) + " ago"
+
+
+def human_seconds(seconds: float) -> str:
+    """``42 s``, ``3 min``, ``5 h``, ``2 d``."""
+    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{max(seconds, 0) / divisor:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def print_table(headers: list[str], rows: list[list[str]], *, right: frozenset[str] = frozenset()) -> None:
+    """Columns padded to fit, two spaces between; bold headers on a terminal."""
+    cells = [[plain(cell) for cell in row] for row in rows]
+    widths = [max([len(h), *(len(row[i]) for row in cells)]) for i, h in enumerate(headers)]
+
+    def line(row: list[str]) -> str:
+        padded = [c.rjust(w) if h in right else c.ljust(w) for c, w, h in zip(row, widths, headers, strict=True)]
+        return "  ".join(padded).rstrip()
+
+    bold = sys.stdout.isatty() and not _no_color()
+    print(f"\x1b[1m{line(headers)}\x1b[0m" if bold else line(headers))
+    for row in cells:
+        print(line(row))
+
+
+def _no_color() -> bool:
+    import os
+
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"

@@ -1,0 +1,25 @@
+"""A progress bar with rate and time left on long work; nothing when nobody watches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ckptstore.repo.progress import Progress
+
+
+@contextmanager
+def transfer_bar(verb: str, *, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """A callback that draws on stderr; None when stderr is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done: bar.update(task, completed=done.plain_done, total=done.plain_total)

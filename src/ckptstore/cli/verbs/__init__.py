@@ -1,0 +1,1 @@
+"""One verb a file; the trailing underscore keeps names like `list` free."""

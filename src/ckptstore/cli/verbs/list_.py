@@ -1,0 +1,69 @@
+"""`ckptctl list`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptstore.cli.opened import opened
+from ckptstore.cli.options import Settings, store_argument, verb
+from ckptstore.cli.output import human_age, human_bytes, note, print_json, print_table
+from ckptstore.ops.listing import list_checkpoints
+from ckptstore.types import CheckpointInfo
+
+_MARKS = {"complete": "yes", "prepared": "part", "damaged": "DAMAGED", "absent": "-"}
+
+
+@verb()
+@click.option("--all", "everything", is_flag=True, help="Also superseded checkpoints.")
+@store_argument
+def command(settings: Settings, everything: bool) -> None:
+    """Show the checkpoints of a store, oldest first; without --run, of all its runs.
+
+    \b
+    Examples:
+      ckptctl list /data/ckpt
+      ckptctl list s3://bucket/prefix --run bert --json
+    """
+    with opened(settings) as place:
+        run = place.choose_run(settings.run) if settings.run else None
+        infos = list_checkpoints(place, run, include_superseded=everything)
+    if settings.as_json:
+        print_json(checkpoints=[info.to_json() for info in infos])
+        return
+    if not infos:
+        note("no checkpoints yet")
+        return
+    tiers = list(dict.fromkeys(tier for info in infos for tier in info.tiers))
+    several = len({info.run for info in infos}) > 1
+    headers = (["RUN"] if several else []) + [
+        "STEP",
+        "EPOCH",
+        "AGE",
+        "SIZE",
+        *(t.upper() for t in tiers),
+        "METRICS",
+        "",
+    ]
+    rows = [([info.run] if several else []) + _row(info, tiers) for info in infos]
+    print_table(headers, rows, right=frozenset({"STEP", "EPOCH", "SIZE"}))
+
+
+def _row(info: CheckpointInfo, tiers: list[str]) -> list[str]:
+    flags = [
+        word
+        for word, is_set in (
+            ("pinned", info.pinned),
+            ("emergency", info.emergency),
+            ("superseded", info.superseded),
+        )
+        if is_set
+    ]
+    return [
+        str(info.step),
+        "-" if info.epoch is None else str(info.epoch),
+        human_age(info.created_at),
+        human_bytes(info.size_bytes),
+        *(_MARKS.get(info.tiers.get(tier, "absent"), info.tiers.get(tier, "absent")) for tier in tiers),
+        " ".join(f"{name}={value:.4g}" for name, value in info.metrics.items()),
+        " ".join([*flags, *info.tags]),
+    ]

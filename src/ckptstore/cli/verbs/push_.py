@@ -1,0 +1,51 @@
+"""`ckptctl push`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptstore.cli.opened import opened
+from ckptstore.cli.options import Settings, store_argument, verb
+from ckptstore.cli.output import human_bytes, note, print_json
+from ckptstore.cli.progress import transfer_bar
+from ckptstore.ops.transfer import push_checkpoints
+
+
+@verb()
+@click.option("--step", help="This step only; default: the newest.")
+@click.option("--all", "everything", is_flag=True, help="Every checkpoint the remote lacks, newest first.")
+@store_argument
+def command(settings: Settings, step: str | None, everything: bool) -> None:
+    """Upload what the remote lacks. Sends only what is missing, and goes on where it was stopped.
+
+    \b
+    Examples:
+      ckptctl push /data/ckpt --remote s3://bucket/prefix
+      ckptctl push /data/ckpt --remote s3://bucket/prefix --all
+    """
+    with opened(settings, with_remote=True) as place:
+        tiers = place.tiers(place.choose_run(settings.run))
+        with transfer_bar("uploading", quiet=settings.quiet or settings.as_json) as progress:
+            pushed = push_checkpoints(tiers, step, everything=everything, progress=progress)
+    if settings.as_json:
+        print_json(
+            pushed=[
+                {
+                    "step": one.step,
+                    "save_id": one.save_id,
+                    "remote": one.remote,
+                    "plain_bytes": one.result.plain_bytes,
+                    "stored_bytes": one.result.stored_bytes,
+                    "sent_bytes": one.result.sent_bytes,
+                    "reused_bytes": one.result.reused_bytes,
+                    "is_committed": one.result.committed is not None,
+                }
+                for one in pushed
+            ]
+        )
+        return
+    if not pushed:
+        note("nothing to do: the remote has it")
+    for one in pushed:
+        sent, plain_bytes = human_bytes(one.result.sent_bytes), human_bytes(one.result.plain_bytes)
+        print(f"step {one.step} -> {one.remote}: sent {sent} for {plain_bytes} of state")

@@ -1,0 +1,52 @@
+"""`ckptctl restore`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ckptstore.cli.opened import opened
+from ckptstore.cli.options import Settings, store_argument, verb
+from ckptstore.cli.output import human_bytes, note, plain, print_json
+from ckptstore.cli.progress import transfer_bar
+from ckptstore.errors import ConfigError
+from ckptstore.ops.transfer import restore
+
+
+def parse_part(text: str | None) -> tuple[int, int] | None:
+    """``i/n`` -> (i, n), 0-based."""
+    if text is None:
+        return None
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ConfigError(f"--part must be i/n with 0 <= i < n, not {text!r}", hint="for example --part 0/4")
+    return int(index), int(count)
+
+
+@verb()
+@click.option("--to", "folder", metavar="DIR", required=True, type=click.Path(path_type=Path), help="New local root.")
+@click.option("--step", default="latest", show_default=True, help="Step, latest, latest~1, or a save id.")
+@click.option("--part", metavar="I/N", help="Only every N-th rank's shard, for a cluster that restores together.")
+@store_argument
+def command(settings: Settings, folder: Path, step: str, part: str | None) -> None:
+    """Rebuild a local tier from a remote, on a fresh node. Verifies every byte; goes on where it was stopped.
+
+    \b
+    Examples:
+      ckptctl restore s3://bucket/prefix --to /data/ckpt
+      ckptctl restore s3://bucket/prefix --to /data/ckpt --step 1200
+    """
+    pieces = parse_part(part)
+    with opened(settings) as place:
+        tiers = place.tiers(place.choose_run(settings.run))
+        with transfer_bar("restoring", quiet=settings.quiet or settings.as_json) as progress:
+            restored = restore(tiers, step, folder, part=pieces, progress=progress)
+    info = restored.info
+    if settings.as_json:
+        print_json(checkpoint=info.to_json(), path=str(restored.path), was_there=restored.was_there)
+        return
+    if restored.was_there:
+        note("it was there already")
+    print(f"step {info.step} of run {plain(info.run)}: {human_bytes(info.size_bytes)}, verified, in {restored.path}")
+    note(f"go on with CheckpointStore({str(folder)!r}, run={info.run!r}, ...).load(state)")

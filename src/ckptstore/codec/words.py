@@ -1,0 +1,95 @@
+"""Reversible maps between a chunk's numbers and integers whose high bytes are dull.
+
+Two maps, both for any bit pattern (NaN payloads and negative zero included):
+
+* rotation: the sign bit goes to the low end, so that the top byte is exponent only;
+* difference: numbers become integers in the order of their values, the base's is subtracted, and zigzag puts the
+  difference's sign into the lowest bit, so that small steps either way have zeros above.
+
+All arithmetic is modulo the word. Integer differences beat XOR: a step over a power of two flips many bits but moves
+the integer by little.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ckptstore.codec.base import BLOCK, Words
+
+
+def rotate(words: Words, out: Words, spare: Words) -> None:
+    """``out`` = ``words`` with the sign bit moved to the low end. ``out`` and ``spare`` are as long as ``words``."""
+    np.left_shift(words, 1, out=out)
+    np.right_shift(words, _top(words), out=spare)
+    np.bitwise_or(out, spare, out=out)
+
+
+def unrotate(words: Words, spare: Words) -> None:
+    """Undo :func:`rotate`, in place."""
+    np.left_shift(words, _top(words), out=spare)
+    np.right_shift(words, 1, out=words)
+    np.bitwise_or(words, spare, out=words)
+
+
+def difference(words: Words, base: Words, out: Words, spare: Words) -> None:
+    """``out`` = zigzag of (``words`` - ``base``) in the order of their values."""
+    _order(words, out)
+    _order(base, spare)
+    np.subtract(out, spare, out=out)
+    np.right_shift(_signed(out), _top(words), out=_signed(spare))
+    np.left_shift(out, 1, out=out)
+    np.bitwise_xor(out, spare, out=out)
+
+
+def undifference(words: Words, base: Words, spare: Words) -> None:
+    """Undo :func:`difference`, in place."""
+    np.bitwise_and(words, 1, out=spare)
+    np.negative(_signed(spare), out=_signed(spare))
+    np.right_shift(words, 1, out=words)
+    np.bitwise_xor(words, spare, out=words)
+    _order(base, spare)
+    np.add(words, spare, out=words)
+    np.right_shift(_signed(words), _top(words), out=_signed(spare))
+    np.right_shift(spare, 1, out=spare)
+    np.bitwise_xor(words, spare, out=words)
+
+
+def round_to_bfloat16(master: Words, out: Words, spare: Words) -> None:
+    """``out`` (u16) = the bf16 numbers nearest to the fp32 ``master`` (u32), ties to even; ``spare`` is u32.
+
+    As a pure integer function it is defined for NaN too, though not always as a trainer's hardware rounds it:
+    whoever uses it compares.
+    """
+    np.right_shift(master, 16, out=spare)
+    np.bitwise_and(spare, 1, out=spare)
+    np.add(spare, 0x7FFF, out=spare)
+    np.add(spare, master, out=spare)
+    np.right_shift(spare, 16, out=out, casting="unsafe")
+
+
+def equals_rounded(words: Words, master: Words) -> bool:
+    """Whether each bf16 number is its master rounded; stops at the first block that isn't."""
+    spare, rounded = np.empty(min(BLOCK, len(words)), "<u4"), np.empty(min(BLOCK, len(words)), "<u2")
+    for start in range(0, len(words), BLOCK):
+        block = words[start : start + BLOCK]
+        out = rounded[: len(block)]
+        round_to_bfloat16(master[start : start + BLOCK], out, spare[: len(block)])
+        if not np.array_equal(block, out):
+            return False
+    return True
+
+
+def _order(words: Words, out: Words) -> None:
+    """``out`` = integers in the order of the numbers, up to a constant that cancels in differences; an involution."""
+    np.right_shift(_signed(words), _top(words), out=_signed(out))
+    np.right_shift(out, 1, out=out)
+    np.bitwise_xor(out, words, out=out)
+
+
+def _signed(words: Words) -> Words:
+    """The same memory as signed words, so that a right shift repeats the sign."""
+    return words.view(f"<i{words.itemsize}")
+
+
+def _top(words: Words) -> int:
+    return 8 * words.itemsize - 1

@@ -1,0 +1,262 @@
+"""The few words ranks exchange around a save or a load, with one treatment of everything that can go wrong.
+
+An :class:`Agreement` owns a gloo group of its own, made at the first use and never registered with
+``torch.distributed``, so a store neither depends on the job's backend nor adds to its list of groups. Every wait has
+the deadline. A peer that died, hangs or is late becomes :class:`~ckptstore.errors.SaveFailedError` naming its rank on every
+survivor; what the backend raised is only its cause. After that the group is made anew, so the next save works.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import xxhash
+from torch.distributed import distributed_c10d
+
+from ckptstore.errors import CkptError, SaveFailedError
+
+T = TypeVar("T")
+
+#: How long survivors of a lost peer wait for each other's sign of life before they say who is missing.
+_ROLL_CALL_S = 2.0
+_VOTES_MULTIPLE = 128
+_ABSENT = torch.iinfo(torch.int64).min
+
+_instances: dict[tuple[int, ...], int] = {}
+_instances_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all ranks' votes amount to; the same on every rank.
+
+    Attributes:
+        differing: names of the values that are not equal on all ranks.
+        raised: names of the flags that at least one rank raised.
+        unequal_sets: indexes of the partial values that differ among the ranks that gave one.
+    """
+
+    differing: frozenset[str]
+    raised: frozenset[str]
+    unequal_sets: tuple[int, ...]
+
+
+class Agreement:
+    """The ranks of one store. Collective: every rank makes the same calls in the same order.
+
+    Args:
+        group: the ranks that take part; None: all, or this process alone without ``torch.distributed``.
+        deadline_s: longest wait for a peer in any one call.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, deadline_s: float = 30.0) -> None:
+        self.deadline_s = deadline_s
+        self._ranks: tuple[int, ...] = (0,)
+        self.rank = 0
+        if dist.is_available() and dist.is_initialized():
+            self._ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+            self.rank = self._ranks.index(dist.get_rank())
+        self.world_size = len(self._ranks)
+        self._pg: Any = None
+        self._lock = threading.RLock()
+        self._attempt = 0
+        self._calls = 0
+        self._name = ""
+
+    @classmethod
+    def alone(cls) -> Agreement:
+        """One rank that agrees with itself, whatever ``torch.distributed`` says."""
+        agreement = cls.__new__(cls)
+        agreement.deadline_s = 0.0
+        agreement._ranks, agreement.rank, agreement.world_size = (0,), 0, 1
+        return agreement
+
+    # -- the words ------------------------------------------------------------------------------------------------
+
+    def agree(self, *, same: Mapping[str, int], flags: Mapping[str, bool], sets: Sequence[int | None] = ()) -> Outcome:
+        """One all-reduce: are these values equal everywhere, did anybody raise a flag? Collective.
+
+        Args:
+            same: values that should be equal on all ranks; |value| < 2**63.
+            flags: raised if any rank raises them.
+            sets: values that should be equal among the ranks that give one; None from the others. As many on each rank.
+
+        Raises:
+            SaveFailedError: a peer was lost.
+        """
+        names, flag_names = sorted(same), sorted(flags)
+        votes = [v for name in names for v in (same[name], -same[name])]
+        votes += [int(flags[name]) for name in flag_names]
+        votes += [v for value in sets for v in ((_ABSENT, _ABSENT) if value is None else (value, -value))]
+        # Ranks that were torn apart by a failure may have different numbers of sets; the reduction must still fit.
+        votes += [0] * (-len(votes) % _VOTES_MULTIPLE)
+        if self.world_size > 1:
+            votes = self._guarded("agreeing on the save", lambda pg: _max(pg, votes))
+        top = iter(votes)
+        differing = frozenset(name for name in names if next(top) != -next(top))
+        raised = frozenset(name for name in flag_names if next(top))
+        unequal = tuple(i for i in range(len(sets)) if _differ(next(top), next(top)))
+        return Outcome(differing, raised, unequal)
+
+    def gather(self, value: T, *, what: str = "gathering") -> list[T]:
+        """Every rank's value, by rank. Collective.
+
+        Raises:
+            SaveFailedError: a peer was lost.
+        """
+        if self.world_size == 1:
+            return [value]
+        data = pickle.dumps(value)
+        return [pickle.loads(part) for part in self._guarded(what, lambda pg: _all_bytes(pg, data))]  # noqa: S301  # our own peers
+
+    def broadcast(self, value: T, *, what: str = "broadcasting", src: int = 0) -> T:
+        """Rank ``src``'s value on every rank. Collective.
+
+        Raises:
+            SaveFailedError: a peer was lost.
+        """
+        return self.gather(value if self.rank == src else None, what=what)[src]  # type: ignore[return-value]
+
+    def together(self, error: CkptError | None, *, what: str) -> None:
+        """Return if no rank has an error, else raise the same one everywhere. Collective.
+
+        Raises:
+            CkptError: the lowest failing rank's error, naming the ranks that failed.
+            SaveFailedError: a peer was lost.
+        """
+        if self.world_size == 1:
+            if error is not None:
+                raise error
+            return
+        if self.agree(same={}, flags={"failed": error is not None}).raised:
+            self.raise_together(error, what=what)
+
+    def raise_together(self, error: CkptError | None, *, what: str) -> None:
+        """Every rank knows that some rank failed: raise that rank's error everywhere. Collective."""
+        errors = self.gather(error, what=what)
+        failed = [rank for rank, each in enumerate(errors) if each is not None]
+        first = next((each for each in errors if each is not None), None)
+        if first is None:
+            return
+        if self.world_size > 1:
+            context = {"rank": failed[0], **first.context, "ranks": failed}
+            where = "every rank" if len(failed) == self.world_size else f"rank {', '.join(map(str, failed))}"
+            combined = type(first)(f"{where}: {first.message}", hint=first.hint, **context)
+            raise combined from error
+        raise first
+
+    def close(self) -> None:
+        """Let go of the group. Local; peers that still wait for this rank are told at once."""
+        with self._lock:
+            self._pg = None
+
+    # -- the group and its failures -----------------------------------------------------------------------------------
+
+    def _guarded(self, what: str, action: Callable[[Any], T]) -> T:
+        with self._lock:
+            self._calls += 1
+            try:
+                if self._pg is None:
+                    self._pg = self._connect()
+                return action(self._pg)
+            except Exception as error:
+                self._pg = None
+                missing, note = self._roll_call()
+                raise _lost(what, missing, note, self.deadline_s) from error
+
+    def _connect(self) -> Any:
+        if not self._name:
+            with _instances_lock:
+                number = _instances[self._ranks] = _instances.get(self._ranks, 0) + 1
+            ranks = xxhash.xxh3_64_hexdigest(repr(self._ranks).encode())
+            self._name = f"ckptstore/{ranks}/{number}"
+        self._attempt += 1
+        store = distributed_c10d.PrefixStore(f"{self._name}/{self._attempt}", _job_store(self.deadline_s))
+        return dist.ProcessGroupGloo(store, self.rank, self.world_size, timedelta(seconds=self.deadline_s))
+
+    def _roll_call(self) -> tuple[list[int], str]:
+        """Ranks that gave no sign of life after a failure; the job's store may be gone too: it is waited for briefly."""
+        found: list[list[int]] = []
+        prefix = f"{self._name}/{self._attempt}/alive"
+
+        def call() -> None:
+            store = _job_store(_ROLL_CALL_S)
+            store.set(f"{prefix}/{self.rank}", "1")
+            until = time.monotonic() + _ROLL_CALL_S
+            while True:
+                absent = [r for r in range(self.world_size) if not store.check([f"{prefix}/{r}"])]
+                if not absent or time.monotonic() > until:
+                    found.append(absent)
+                    return
+                time.sleep(0.05)
+
+        def quietly() -> None:
+            with suppress(Exception):  # the store may have gone with its host: said below
+                call()
+
+        thread = threading.Thread(target=quietly, name="ckptstore-roll-call", daemon=True)
+        thread.start()
+        thread.join(_ROLL_CALL_S * 2)
+        if found:
+            return found[0], ""
+        return ([0], "the job's store, which rank 0 hosts, does not answer") if self.rank else ([], "")
+
+
+def _job_store(timeout_s: float) -> Any:
+    store: Any = distributed_c10d._get_default_store()
+    try:
+        store = store.clone()  # threads on one client wait for each other
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return store
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
+
+
+def _lost(what: str, missing: list[int], note: str, deadline_s: float) -> SaveFailedError:
+    names = ", ".join(map(str, missing))
+    if len(missing) == 1:
+        problem = f"rank {names} is gone or took longer than {deadline_s:g} s"
+    elif missing:
+        problem = f"ranks {names} are gone or took longer than {deadline_s:g} s"
+    else:
+        problem = "the connection between the ranks broke, though all of them are alive"
+    return SaveFailedError(
+        f"{what}: {problem}{'; ' + note if note else ''}",
+        hint="earlier checkpoints are untouched; if the rank is only slow, raise StoreConfig(deadline_s=...)",
+        rank=missing[0] if missing else None,
+        ranks=missing,
+    )
+
+
+def _differ(top: int, negated_bottom: int) -> bool:
+    return top != _ABSENT and top != -negated_bottom
+
+
+def _max(pg: Any, votes: list[int]) -> list[int]:
+    tensor = torch.tensor(votes, dtype=torch.int64)
+    options: Any = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp.MAX
+    pg.allreduce([tensor], options).wait()
+    return [int(v) for v in tensor.tolist()]
+
+
+def _all_bytes(pg: Any, data: bytes) -> list[bytes]:
+    world_size = pg.size()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    pg.allgather([sizes], [torch.tensor([len(data)], dtype=torch.int64)]).wait()
+    longest = max(int(size) for size in sizes)
+    mine = torch.zeros(max(longest, 1), dtype=torch.uint8)
+    mine[: len(data)] = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
+    parts = [torch.zeros_like(mine) for _ in range(world_size)]
+    pg.allgather([parts], [mine]).wait()
+    return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]

@@ -1,0 +1,266 @@
+"""Binding: from the objects a trainer passes to the named boxes of memory behind them.
+
+A :class:`Binder` walks the state anew at every save and re-reads every tensor, so swapped storages, replaced
+parameters and re-created moments are seen. What it keeps between saves holds no tensor: descriptions of tensors that
+look as they did last time, and encoded subtrees whose names didn't change. That makes a steady save cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ckptstore.dcp.boxes import Shape, box_of, dtype_name
+from ckptstore.dcp.walk import Fragments, Kind, Walk
+from ckptstore.errors import StateError
+from ckptstore.format.manifest import Json
+
+
+class BoundTensor:
+    """One rank's box of one named tensor; holds no memory (that is ``Binding.locals`` at the same index).
+
+    Attributes:
+        name: stored name.
+        global_shape, offsets, shape: the box, in elements.
+        dtype: torch's name without ``torch.``.
+        itemsize: bytes per element.
+        is_empty: this rank holds no element of it though others do.
+        replicated: this box is the whole tensor, so every rank that has it should hold the same values.
+        kind: where it comes from; buffers are rank 0's, "per_rank" is nobody else's.
+    """
+
+    __slots__ = (
+        "dtype", "global_shape", "is_empty", "itemsize", "kind", "local_shape", "name", "offsets", "replicated",
+        "requires_grad", "shape", "spec", "torch_dtype",
+    )  # fmt: skip
+
+    def __init__(self, name: str, tensor: torch.Tensor, kind: Kind) -> None:
+        box = box_of(name, tensor)
+        self.name = name
+        self.kind = kind
+        self.global_shape: Shape = box.global_shape
+        self.offsets: Shape = box.offsets
+        self.shape: Shape = box.shape
+        self.local_shape = box.local.shape
+        self.torch_dtype = box.local.dtype
+        self.dtype = dtype_name(box.local.dtype)
+        self.itemsize = box.local.element_size()
+        self.requires_grad = tensor.requires_grad
+        self.spec: Any = tensor._spec if isinstance(tensor, DTensor) else None
+        if 0 in self.global_shape:  # nothing to store but its shape, which any rank can
+            self.offsets, self.shape = (0,) * len(self.global_shape), self.global_shape
+        self.is_empty = box.local.numel() == 0 and 0 not in self.global_shape
+        self.replicated = kind != "per_rank" and self.shape == self.global_shape
+
+    @property
+    def size_bytes(self) -> int:
+        """Plain bytes of this box."""
+        count = self.itemsize
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """Everything that must stay the same for a plan to stay valid."""
+        return (
+            self.name, self.dtype, self.global_shape, self.offsets, self.shape, self.requires_grad, self.kind, self.is_empty,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"BoundTensor({self.name!r}, {self.dtype}, {self.shape} at {self.offsets} of {self.global_shape}, {self.kind})"
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """A state at one moment: names, boxes, and the live memory behind them.
+
+    Attributes:
+        tensors: one entry for each distinct piece of memory, in a stable order.
+        locals: the live local tensors, same indices; valid until training changes them.
+        tree: encoded state, tensors by name, to be stored by rank 0.
+        fragments: ids of the nodes of ``tree`` that are nothing but names of tensors.
+        per_rank: the values marked ``per_rank`` as one encoded tree by key; None if there are none.
+        aliases: tied name -> the name whose memory it shares.
+        fingerprint: changes when and only when the structure does; other ranks' differ where their boxes do.
+        slow_path: why some module had to be asked for its state dict; None when all was read directly.
+    """
+
+    tensors: tuple[BoundTensor, ...]
+    locals: list[torch.Tensor]
+    tree: Json
+    fragments: frozenset[int]
+    per_rank: Json | None
+    aliases: dict[str, str]
+    fingerprint: bytes
+    slow_path: str | None
+
+    def outline(self) -> Any:
+        """``tree`` without its fragments: the values that should agree between ranks."""
+        return _without(self.tree, self.fragments)
+
+
+def _without(node: Any, fragments: frozenset[int]) -> Any:
+    if id(node) in fragments:
+        return None
+    if type(node) is dict:
+        return {key: _without(value, fragments) for key, value in node.items()}
+    if type(node) is list:
+        return [_without(value, fragments) for value in node]
+    return node
+
+
+def bind(state: Mapping[str, Any], *, rank: int = 0) -> Binding:
+    """Bind once, without anything kept for the next time."""
+    return Binder(rank=rank).bind(state)
+
+
+class Binder:
+    """Binds the same state again and again. One per store; not thread-safe."""
+
+    def __init__(self, *, rank: int = 0) -> None:
+        self.rank = rank
+        self._described: tuple[BoundTensor, ...] = ()
+        self._ties = _Ties()
+        self._aliases: dict[str, str] = {}
+        self._kept: tuple[BoundTensor, ...] = ()
+        self._indexes: list[int] | None = None
+        self._fingerprint = b""
+        self._fragments: Fragments = {}
+
+    def bind(self, state: Mapping[str, Any]) -> Binding:
+        """What ``state`` holds now. Local; runs no hook and no step and changes nothing.
+
+        Raises:
+            StateError: something in it can't be stored; names the key.
+        """
+        if not isinstance(state, Mapping):
+            raise StateError(f"the state must be a mapping of names to objects, not {type(state).__name__}", key="")
+        walk = Walk(self.rank, state, self._fragments)
+        encoded, own = walk.encode(), walk.encode_own()
+        locals_, same = self._describe(walk)
+        same = self._find_ties(locals_, same)
+        if not same:
+            self._fingerprint = _fingerprint(self._kept, self._aliases)
+        if self._indexes is not None:
+            locals_ = [locals_[i] for i in self._indexes]
+        return Binding(
+            tensors=self._kept,
+            locals=locals_,
+            tree=encoded,
+            fragments=walk.fragment_ids,
+            per_rank=own,
+            aliases=self._aliases,
+            fingerprint=self._fingerprint,
+            slow_path=walk.slow_path,
+        )
+
+    def _describe(self, walk: Walk) -> tuple[list[torch.Tensor], bool]:
+        """The local tensors, and whether every one looks as it did at the last save."""
+        described, names, kinds = self._described, walk.names, walk.kinds
+        fresh: list[BoundTensor] = []
+        locals_: list[torch.Tensor] = []
+        same = len(described) == len(names)
+        for i, tensor in enumerate(walk.tensors):
+            old = described[i] if i < len(described) else None
+            if old is not None and old.name == names[i] and old.kind == kinds[i]:
+                local = _unchanged(tensor, old)
+                if local is not None:
+                    fresh.append(old)
+                    locals_.append(local)
+                    continue
+            same = False
+            fresh.append(BoundTensor(names[i], tensor, kinds[i]))
+            locals_.append(box_of(names[i], tensor).local)
+        if not same:
+            self._described = tuple(fresh)
+        return locals_, same
+
+    def _find_ties(self, locals_: list[torch.Tensor], same: bool) -> bool:
+        """Which names share memory; updates what is kept. Returns whether that, too, is as last time."""
+        first: dict[int, int] = {}
+        pattern = [first.setdefault(local.data_ptr() or -id(local), i) for i, local in enumerate(locals_)]
+        if same and self._ties.still_hold(pattern, locals_):
+            return True
+        described = self._described
+        self._ties = _Ties.of(pattern, locals_, described)
+        tied = self._ties.tied
+        self._aliases = {described[i].name: described[j].name for i, j in tied.items()}
+        self._indexes = [i for i in range(len(described)) if i not in tied] if tied else None
+        self._kept = tuple(described[i] for i in self._indexes) if self._indexes is not None else described
+        return False
+
+
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+
+
+def _unchanged(tensor: torch.Tensor, old: BoundTensor) -> torch.Tensor | None:
+    """The local memory if everything :class:`BoundTensor` derives from the tensor would come out the same, else None."""
+    cls = type(tensor)
+    if cls is DTensor or cls not in _PLAIN:
+        if cls is not DTensor or tensor._spec is not old.spec:  # type: ignore[attr-defined]
+            return None
+        local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+        if type(local) not in _PLAIN:
+            return None
+    else:
+        if old.spec is not None:
+            return None
+        local = tensor
+    if (
+        local.dtype is old.torch_dtype
+        and local.layout is torch.strided
+        and not local.is_nested
+        and local.shape == old.local_shape
+        and tensor.requires_grad == old.requires_grad
+        and not local.is_meta
+    ):
+        return local
+    return None
+
+
+class _Ties:
+    """Which tensors start at the same address, and which of those are the same memory seen the same way."""
+
+    def __init__(self) -> None:
+        self.tied: dict[int, int] = {}
+        self._pattern: list[int] = []
+        self._views: list[tuple[int, tuple[object, ...]]] = []
+
+    @classmethod
+    def of(cls, pattern: list[int], locals_: list[torch.Tensor], described: tuple[BoundTensor, ...]) -> _Ties:
+        ties = cls()
+        ties._pattern = pattern
+        groups: dict[int, list[int]] = {}
+        for i, j in enumerate(pattern):
+            if i != j:
+                groups.setdefault(j, [j]).append(i)
+        for members in groups.values():
+            seen: dict[tuple[object, ...], int] = {}
+            for i in members:
+                view = _view(locals_[i])
+                ties._views.append((i, view))
+                d = described[i]
+                whole = (*view, d.global_shape, d.offsets, d.shape, d.dtype, d.kind == "per_rank")
+                canonical = seen.setdefault(whole, i)
+                if canonical != i:
+                    ties.tied[i] = canonical
+        return ties
+
+    def still_hold(self, pattern: list[int], locals_: list[torch.Tensor]) -> bool:
+        return pattern == self._pattern and all(_view(locals_[i]) == view for i, view in self._views)
+
+
+def _view(local: torch.Tensor) -> tuple[object, ...]:
+    return local.device, tuple(local.shape), local.stride(), local.is_conj(), local.is_neg()
+
+
+def _fingerprint(tensors: tuple[BoundTensor, ...], aliases: dict[str, str]) -> bytes:
+    structure = [t.structure for t in tensors]
+    return xxhash.xxh3_128_digest(repr((structure, sorted(aliases.items()))).encode())

@@ -1,0 +1,154 @@
+"""What one rank holds of a tensor: a box of the global tensor, backed by local memory.
+
+:func:`box_of` is the only place that knows tensor classes. Everything behind it works with plain strided tensors and
+their place in the global one. What it can't place exactly it refuses, by key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parameter import is_lazy
+
+from ckptstore.errors import StateError
+
+Shape = tuple[int, ...]
+
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_TORCH_DISPATCH = torch.Tensor.__torch_dispatch__
+_DTYPE_NAMES: dict[torch.dtype, str] = {}
+_HINT = "leave it out of the state, or turn it into a plain tensor first"
+
+
+class Box(NamedTuple):
+    """A rank's part of a global tensor. ``local`` is the live memory, possibly strided, shaped like ``shape``."""
+
+    local: torch.Tensor
+    global_shape: Shape
+    offsets: Shape
+    shape: Shape
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.global_shape
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Torch's own name without ``torch.``, as manifests say it."""
+    name = _DTYPE_NAMES.get(dtype)
+    if name is None:
+        name = _DTYPE_NAMES[dtype] = str(dtype).removeprefix("torch.")
+    return name
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Inverse of :func:`dtype_name`.
+
+    Raises:
+        StateError: this torch has no such dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise StateError(f"this torch ({torch.__version__}) has no dtype {name!r}", hint="upgrade torch", key=name)
+    return dtype
+
+
+def box_of(key: str, tensor: torch.Tensor) -> Box:
+    """Where ``tensor`` lies in its global tensor, and the local memory behind it. No copy.
+
+    Raises:
+        StateError: sparse, nested, quantized, meta, uninitialised, a subclass without memory of its own, or a sharded
+            tensor whose local part is not one box; names ``key``.
+    """
+    if isinstance(tensor, DTensor):
+        return _box_of_dtensor(key, tensor)
+    local = plain(key, tensor)
+    shape = tuple(local.shape)
+    return Box(local, shape, (0,) * len(shape), shape)
+
+
+def plain(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, checked to be ordinary strided memory.
+
+    Raises:
+        StateError: it is not; names ``key``.
+    """
+    cls = type(tensor)
+    if cls not in _PLAIN:
+        if is_lazy(tensor):
+            raise _refusal(key, "an uninitialised (lazy) parameter", "run one forward pass first")
+        if cls.__name__ == "AsyncCollectiveTensor":
+            return tensor.wait()  # type: ignore[attr-defined,no-any-return]
+        if cls.__torch_dispatch__ is not _TORCH_DISPATCH:
+            raise _refusal(key, f"a {cls.__module__}.{cls.__qualname__}, a tensor class with no memory of its own")
+    if tensor.layout is not torch.strided:
+        raise _refusal(key, f"a tensor with layout {str(tensor.layout).removeprefix('torch.')}")
+    if tensor.is_nested:
+        raise _refusal(key, "a nested tensor")
+    if tensor.is_quantized:
+        raise _refusal(
+            key, f"a quantized tensor ({dtype_name(tensor.dtype)})", "store its int_repr(), scale and zero point"
+        )
+    if tensor.is_meta:
+        raise _refusal(key, "a tensor on the meta device, which has no values")
+    if cls not in _PLAIN:
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.as_subclass(torch.Tensor)
+    return tensor
+
+
+def _refusal(key: str, what: str, hint: str = _HINT) -> StateError:
+    return StateError(f"{key!r} is {what}; it can't be stored", hint=hint, key=key)
+
+
+def _box_of_dtensor(key: str, tensor: DTensor) -> Box:
+    spec: Any = tensor._spec
+    local = plain(key, tensor._local_tensor)
+    global_shape = tuple(spec.shape)
+    if spec.mesh.get_coordinate() is None:  # this rank has no part in the mesh
+        nothing = (0,) * len(global_shape)
+        return Box(local.new_empty(0), global_shape, nothing, nothing)
+    shape, offsets = _place(key, global_shape, spec.mesh, tuple(spec.placements))
+    if tuple(local.shape) != shape:
+        if local.numel() == 0 and 0 in shape:
+            return Box(local.new_empty(shape), global_shape, offsets, shape)
+        raise _refusal(key, f"a DTensor whose local part is {tuple(local.shape)} where its placement says {shape}")
+    return Box(local, global_shape, offsets, shape)
+
+
+def _place(key: str, global_shape: Shape, mesh: Any, placements: tuple[Any, ...]) -> tuple[Shape, Shape]:
+    for placement in placements:
+        if isinstance(placement, Partial):
+            raise _refusal(
+                key, "a DTensor with a pending reduction (Partial)", "redistribute it to Replicate or Shard first"
+            )
+    strided = any(type(p).__name__ == "_StridedShard" for p in placements)
+    if not all(p.is_replicate() or type(p) is Shard or type(p).__name__ == "_StridedShard" for p in placements):
+        raise _refusal(key, f"a DTensor with placements {placements}")
+    shape, offsets = compute_local_shape_and_global_offset(global_shape, mesh, placements)
+    if strided and not _is_one_run(global_shape, mesh, placements):
+        raise _refusal(key, f"a DTensor whose local part is not one box (placements {placements})")
+    if 0 in shape:
+        offsets = tuple(0 for _ in global_shape)
+    return tuple(shape), tuple(int(o) for o in offsets)
+
+
+def _is_one_run(global_shape: Shape, mesh: Any, placements: tuple[Any, ...]) -> bool:
+    """Whether interleaved sharding (FSDP2 over tensor parallelism) still leaves consecutive rows on this rank."""
+    from torch.distributed.tensor._utils import _get_shard_size_and_offsets
+
+    index: dict[int, torch.Tensor | None] = {}
+    sizes = list(global_shape)
+    coordinate = mesh.get_coordinate()
+    for mesh_dim, placement in enumerate(placements):
+        if placement.is_replicate():
+            continue
+        dim = placement.dim
+        sizes[dim], index[dim] = _get_shard_size_and_offsets(
+            sizes[dim], mesh.shape[mesh_dim], coordinate[mesh_dim], placement, index.get(dim), global_shape[dim], False
+        )
+    return all(rows is None or len(rows) < 2 or bool((rows.diff() == 1).all()) for rows in index.values())

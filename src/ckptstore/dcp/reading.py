@@ -1,0 +1,78 @@
+"""``read``: a checkpoint's state without a target, as plain containers and CPU tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from ckptstore.dcp.boxes import Box, dtype_of
+from ckptstore.dcp.loader import fill
+from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub
+from ckptstore.dcp.target import Slot
+
+
+def read_state(source: ChunkSource, *, only: Iterable[str] = (), rank: int = 0, threads: int = 4) -> dict[Any, Any]:
+    """The state as it was saved: the same keys, containers and values, tensors on the CPU. Local.
+
+    A module is one flat dict of names, an optimizer ``{"state": ..., "param_groups": ...}`` by parameter name. Tied
+    names give the same tensor. ``per_rank`` values are those of ``rank``.
+
+    Args:
+        only: globs of dotted names; everything else, and what is left empty by that, is left out and not read.
+
+    Raises:
+        IntegrityError: bytes are damaged and no good copy is left.
+        FormatError: the checkpoint holds a type this process doesn't know.
+    """
+    globs = tuple(only)
+    stored = StoredState(source, rank=rank, keys=None if not globs else frozenset())
+    tensors: dict[str, torch.Tensor] = {}
+    slots: list[Slot] = []
+
+    def tensor(name: str) -> torch.Tensor:
+        if name not in tensors:
+            meta = source.tensors[name]
+            new = tensors[name] = torch.empty(meta.shape, dtype=dtype_of(meta.dtype))
+            slots.append(Slot(name, name, Box(new, meta.shape, (0,) * len(meta.shape), meta.shape)))
+        return tensors[name]
+
+    result: dict[Any, Any] = {}
+    for key in stored.keys:
+        if not globs:
+            result[key] = stored.decode(key, tensor)
+            continue
+        pruned = _prune(stored.decode(key, Stub), str(key), globs, tensor)
+        if pruned is not MISSING:
+            result[key] = pruned
+    fill(slots, source, threads=threads)
+    return result
+
+
+def _prune(value: Any, key: str, globs: tuple[str, ...], tensor: Any) -> Any:
+    """``value`` without what no glob lets through; MISSING if nothing is left."""
+    if isinstance(value, Stub):
+        return tensor(value.name) if _wanted(globs, key, value.name) else MISSING
+    cls = type(value)
+    if isinstance(value, dict) and value and cls in (dict, OrderedDict, defaultdict):
+        kept = {k: _prune(v, f"{key}.{k}", globs, tensor) for k, v in value.items()}
+        for k, v in kept.items():
+            if v is MISSING:
+                del value[k]
+            else:
+                value[k] = v
+        return value if value else MISSING
+    if isinstance(value, (list, tuple)) and value:
+        items = [_prune(v, f"{key}.{i}", globs, tensor) for i, v in enumerate(value)]
+        left = [v for v in items if v is not MISSING]
+        if not left:
+            return MISSING
+        return cls(*items) if hasattr(cls, "_fields") else cls(left)
+    return value if _wanted(globs, key) else MISSING
+
+
+def _wanted(globs: tuple[str, ...], *names: str) -> bool:
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)

@@ -1,0 +1,181 @@
+"""Copying a plan's pieces into the arena: the one pass over the bytes that a save makes.
+
+The arena is the image of the shard file, so each piece's place is known and a copy is all there is. ``Tensor.copy_``
+does strides, conjugation and devices, and releases the GIL, so several threads share the work.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+from ckptstore.dcp.binder import Binding
+from ckptstore.dcp.planner import Plan
+
+#: Below this a second thread costs more than it saves.
+_BYTES_PER_THREAD = 8 << 20
+#: Long copies are cut here, so that threads end together.
+_SLICE_BYTES = 16 << 20
+
+
+class _Copy(NamedTuple):
+    target: torch.Tensor
+    source: torch.Tensor
+    size_bytes: int
+
+
+def copy_pieces(plan: Plan, binding: Binding, image: Any, starts: Sequence[int], threads: int = 1) -> int:
+    """Copy every piece of ``plan`` to its place in ``image`` once; see :meth:`Stage.copy`."""
+    return Stage(plan, starts).copy(binding, image, threads)
+
+
+class Stage:
+    """Where a plan's pieces go; keeps its views of each image it was used with, since making them costs as much as
+    copying small tensors. Not thread-safe.
+
+    The views pin the image: :meth:`forget` lets go of it before it is unmapped.
+
+    Args:
+        plan: what to copy.
+        starts: first byte of each piece in an image, in ``plan.pieces`` order, as ``format.stock.layout`` gives them.
+    """
+
+    def __init__(self, plan: Plan, starts: Sequence[int]) -> None:
+        self._plan = plan
+        self._starts = tuple(starts)
+        self._targets: dict[int, list[torch.Tensor]] = {}
+
+    def copy(self, binding: Binding, image: Any, threads: int = 1) -> int:
+        """Copy every piece to its place in ``image``; all bytes are there when this returns.
+
+        Args:
+            binding: of the structure the plan was made for.
+            image: a writable buffer, the image of the shard file.
+            threads: upper bound; small totals are copied by the caller alone.
+
+        Returns:
+            Bytes copied.
+        """
+        locals_ = binding.locals
+        host: list[_Copy] = []
+        cuda: list[_Copy] = []
+        total = 0
+        for index, target in zip(self._plan.indexes, self._views(binding, image), strict=True):
+            size = target.nbytes
+            if size:
+                total += size
+                source = locals_[index]
+                (cuda if source.is_cuda else host).append(_Copy(target, source, size))
+        with torch.no_grad():
+            if cuda:
+                _copy_from_cuda(cuda)
+            _run(host, min(threads, max(1, total // _BYTES_PER_THREAD)))
+        return total
+
+    def forget(self) -> None:
+        """Release all images seen so far."""
+        self._targets.clear()
+
+    def _views(self, binding: Binding, image: Any) -> list[torch.Tensor]:
+        whole = torch.frombuffer(image, dtype=torch.uint8)
+        targets = self._targets.get(whole.data_ptr())
+        if targets is None:
+            targets = self._targets[whole.data_ptr()] = []
+            for index, start in zip(self._plan.indexes, self._starts, strict=True):
+                bound = binding.tensors[index]
+                target = whole[start : start + bound.size_bytes].view(bound.torch_dtype)
+                targets.append(target.view(bound.local_shape if bound.size_bytes else bound.shape))
+        return targets
+
+
+def _run(copies: list[_Copy], threads: int) -> None:
+    if threads <= 1:
+        _copy_all(copies)
+        return
+    shares: list[list[_Copy]] = [[] for _ in range(threads)]
+    load = [0] * threads
+    for copy in sorted(_cut(copies), key=lambda c: -c.size_bytes):
+        lightest = load.index(min(load))
+        shares[lightest].append(copy)
+        load[lightest] += copy.size_bytes
+    pool = _copiers(threads - 1)
+    others = [pool.submit(_copy_all, share) for share in shares[1:]]
+    try:
+        _copy_all(shares[0])
+    finally:
+        for other in others:
+            other.result()
+
+
+def _copy_all(copies: Sequence[_Copy]) -> None:
+    with torch.no_grad():  # the mode is per thread
+        if copies:
+            torch._foreach_copy_([c.target for c in copies], [c.source for c in copies])
+
+
+def _cut(copies: Iterable[_Copy]) -> Iterable[_Copy]:
+    """The same copies, long ones cut along their first dimension."""
+    for copy in copies:
+        target, source, size = copy
+        rows = source.shape[0] if source.dim() else 1
+        if size <= _SLICE_BYTES or rows == 1:
+            yield copy
+            continue
+        step = max(1, rows * _SLICE_BYTES // size)
+        for row in range(0, rows, step):
+            part = target[row : row + step]
+            yield _Copy(part, source[row : row + step], part.nbytes)
+
+
+_lock = threading.Lock()
+_pool: tuple[int, ThreadPoolExecutor] | None = None
+
+
+def _copiers(count: int) -> ThreadPoolExecutor:
+    """Threads that stay between saves; starting them costs as much as a small save."""
+    global _pool
+    with _lock:
+        if _pool is None or _pool[0] < count:
+            if _pool is not None:
+                _pool[1].shutdown(wait=False)
+            _pool = (count, ThreadPoolExecutor(count, thread_name_prefix="ckptstore-copy"))
+        return _pool[1]
+
+
+def _copy_from_cuda(copies: list[_Copy]) -> None:
+    """A side stream moves slices into two pinned buffers in turn while the host empties the other one.
+
+    The side stream first waits for the work queued so far, so it reads the state as of the call, and the main stream is
+    made to wait for the last read, so no later kernel overwrites what is not read yet.
+    """
+    by_device: dict[torch.device, list[_Copy]] = {}
+    for copy in _cut(copies):
+        by_device.setdefault(copy.source.device, []).append(copy)
+    for device, on_device in by_device.items():
+        main = torch.cuda.current_stream(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(main)
+        largest = max(copy.size_bytes for copy in on_device)
+        buffers = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(min(2, len(on_device)))]
+        in_flight: list[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = []
+        for i, copy in enumerate(on_device):
+            if len(in_flight) == len(buffers):
+                _land(*in_flight.pop(0))
+            pinned = buffers[i % len(buffers)][: copy.size_bytes].view(copy.target.dtype).view(copy.target.shape)
+            with torch.cuda.stream(side):
+                pinned.copy_(copy.source, non_blocking=True)
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record(side)
+            in_flight.append((copy.target, pinned, done))
+        for waiting in in_flight:
+            _land(*waiting)
+        main.wait_stream(side)
+
+
+def _land(target: torch.Tensor, pinned: torch.Tensor, done: torch.cuda.Event) -> None:
+    done.synchronize()
+    target.copy_(pinned)

@@ -1,0 +1,228 @@
+"""A checkpoint's state tree with stubs where its tensors go, renamed to the target's names.
+
+Stubs cost nothing, so a tree of any size can be compared with a target before anything is allocated or read.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ckptstore.dcp import torch_types as _torch_types  # noqa: F401  # registers torch's small types
+from ckptstore.errors import FormatError
+from ckptstore.format import tree
+from ckptstore.format.manifest import Json, Piece, RootManifest, TensorMeta
+
+
+class Chunk(Protocol):
+    """One chunk of a stored piece."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Plain bytes."""
+
+
+class ChunkSource(Protocol):
+    """What loading needs of a checkpoint; ``repo.reader.CheckpointReader`` is one."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorMeta]:
+        """Stored tensors by name, without aliases."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Tied name -> stored name."""
+
+    @property
+    def tree(self) -> Json | None:
+        """The encoded state."""
+
+    @property
+    def root(self) -> RootManifest:
+        """The root manifest."""
+
+    def per_rank(self, rank: int) -> Json | None:
+        """A rank's own values, encoded."""
+
+    def pieces(self, fqn: str) -> Sequence[tuple[int, int, Piece]]:
+        """(rank, number of the piece, piece) of a tensor."""
+
+    def chunks(self, rank: int, piece_index: int) -> Sequence[Chunk]:
+        """The chunks of a piece."""
+
+    def read_chunk(self, rank: int, piece_index: int, chunk_index: int, out: memoryview) -> str:
+        """Verified plain bytes of a chunk into ``out``; returns the source's name."""
+
+
+@dataclass(frozen=True)
+class Stub:
+    """Stands for a stored tensor, by its stored name (no alias)."""
+
+    name: str
+
+
+class StoredState:
+    """The decoded top-level values of a checkpoint, by key.
+
+    Args:
+        source: the checkpoint.
+        rank: whose ``per_rank`` values; rank r of a larger world gets those of rank r modulo the stored world.
+        keys: top-level keys to decode; None: all.
+        rename: stored prefix -> target prefix of dotted names.
+    """
+
+    def __init__(
+        self, source: ChunkSource, *, rank: int, keys: frozenset[Any] | None, rename: Mapping[str, str] | None = None
+    ) -> None:
+        self._source = source
+        self.renamed: dict[str, str] = {}
+        encoded = source.tree
+        if encoded is None:
+            raise FormatError("the checkpoint has no state tree")
+        self._subtrees = tree.subtrees(encoded)
+        own = source.per_rank(rank % source.root.summary.world_size)
+        self._own = tree.subtrees(own) if own is not None else {}
+        wanted = [key for key in self._subtrees if keys is None or key in keys or rename]
+        #: stored tensors below each top-level key, as the tree refers to them
+        self.refs: dict[Any, set[str]] = {}
+        self.values: dict[Any, Any] = {}
+        for key in wanted:
+            self.refs[key] = set()
+            self.values[key] = self.decode(key, self._stub_into(self.refs[key]))
+        for old, new in (rename or {}).items():
+            self._rename(old, new)
+
+    @property
+    def keys(self) -> list[Any]:
+        """All top-level keys of the checkpoint, in order."""
+        return list(self._subtrees)
+
+    def decode(self, key: Any, tensor: Callable[[str], object]) -> Any:
+        """The value below one top-level key, with ``tensor(stored name)`` for each tensor."""
+
+        def leaf(ref: tree.TensorRef | tree.PerRankRef) -> object:
+            if isinstance(ref, tree.TensorRef):
+                name = self._source.aliases.get(ref.name, ref.name)
+                if name not in self._source.tensors:
+                    raise FormatError(f"the state refers to a tensor {ref.name!r} that is not stored", key=ref.name)
+                return tensor(name)
+            if ref.key not in self._own:
+                return MISSING
+            return tree.decode(self._own[ref.key], leaf, trusted="loaded", unknown="opaque")
+
+        return tree.decode(self._subtrees[key], leaf, trusted="loaded", unknown="opaque")
+
+    @staticmethod
+    def _stub_into(names: set[str]) -> Callable[[str], Stub]:
+        def stub(name: str) -> Stub:
+            names.add(name)
+            return Stub(name)
+
+        return stub
+
+    def _rename(self, old: str, new: str) -> None:
+        """Move what lies below the dotted prefix ``old`` to ``new``."""
+        for key in list(self.values):
+            for path in list(_paths_below(self.values, (key,), old)):
+                value = _take(self.values, path)
+                stored = ".".join(map(str, path))
+                target = new + stored[len(old) :] if stored.startswith(old) else new.removesuffix(".")
+                self.renamed[stored] = target
+                _put(self.values, target, value)
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+#: No value is stored here.
+MISSING: Any = _Missing()
+
+
+def _paths_below(root: Any, path: tuple[Any, ...], prefix: str) -> Iterator[tuple[Any, ...]]:
+    """Paths of the outermost values whose dotted name lies below ``prefix``, through string-keyed mappings."""
+    value = root
+    for key in path:
+        value = value[key]
+    name = ".".join(map(str, path))
+    if name.startswith(prefix) or name + "." == prefix or name == prefix:
+        yield path
+    elif prefix.startswith(name + ".") and isinstance(value, dict):
+        for key in list(value):
+            yield from _paths_below(root, (*path, key), prefix)
+
+
+def _take(root: Any, path: tuple[Any, ...]) -> Any:
+    for key in path[:-1]:
+        root = root[key]
+    return root.pop(path[-1])
+
+
+def _put(root: dict[Any, Any], name: str, value: Any) -> None:
+    """Put ``value`` where a target will look for the dotted ``name``: as a flat key below its first segment."""
+    head, dot, rest = name.partition(".")
+    if not dot:
+        if isinstance(value, dict) and isinstance(root.get(head), dict):
+            root[head].update(value)
+        else:
+            root[head] = value
+        return
+    below = root.setdefault(head, {})
+    if not isinstance(below, dict):
+        raise FormatError(f"rename: {head!r} is not a mapping in the checkpoint", key=name)
+    below[rest] = value
+
+
+def look_up(stored: Mapping[Any, Any], key: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The stored value for one key of a target mapping, and the stored keys it came from.
+
+    A key that is not there as such may be there as flat dotted names (``a.b``, ``a.c`` for ``a``).
+    """
+    if key in stored:
+        return stored[key], (key,)
+    if str(key) in stored:
+        return stored[str(key)], (str(key),)
+    prefix = f"{key}."
+    below = {k: v for k, v in stored.items() if isinstance(k, str) and k.startswith(prefix)}
+    if not below:
+        return MISSING, ()
+    return {k[len(prefix) :]: v for k, v in below.items()}, tuple(below)
+
+
+def flatten(stored: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings of tensors as one flat dict of dotted names; other values stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in stored.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value and _holds_stub(value):
+            flat.update(flatten(value, name + "."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def _holds_stub(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_stub(below) for below in value.values())
+    return isinstance(value, Stub)
+
+
+def substitute(value: Any, tensor: Callable[[Stub], Any]) -> Any:
+    """``value`` with every visible stub replaced; dicts and lists are changed in place, tuples made anew."""
+    if isinstance(value, Stub):
+        return tensor(value)
+    cls = type(value)
+    if cls in (dict, OrderedDict, defaultdict):
+        for key in value:
+            value[key] = substitute(value[key], tensor)
+    elif cls in (list, deque):
+        for i in range(len(value)):
+            value[i] = substitute(value[i], tensor)
+    elif isinstance(value, tuple):
+        new = [substitute(item, tensor) for item in value]
+        if any(a is not b for a, b in zip(new, value, strict=True)):
+            return cls(*new) if hasattr(cls, "_fields") else cls(new)
+    return value

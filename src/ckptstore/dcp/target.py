@@ -1,0 +1,462 @@
+"""Matching a target with a checkpoint: what goes where, before a byte moves.
+
+A :class:`Matcher` walks the target next to the stored tree and writes down *slots* (memory to be filled with a stored
+tensor) and *actions* (values to be put into containers, states to be handed back). Whatever doesn't fit is collected,
+so one error can list all of it. Until :meth:`Matcher.finish` nothing in the target has changed but slot memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ckptstore.dcp import modules
+from ckptstore.dcp.boxes import Box, box_of, dtype_name, dtype_of
+from ckptstore.dcp.markers import PerRank, Trainable
+from ckptstore.dcp.optimizer_target import match_optimizer
+from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub, flatten, look_up, substitute
+from ckptstore.dcp.walk import Walk, is_stateful
+from ckptstore.errors import FormatError, LoadMismatchError, StateError
+from ckptstore.format import tree
+
+Path = tuple[Any, ...]
+Replace = Callable[[Any], None]
+_FILLABLE = (torch.Tensor, nn.Module, Optimizer, Trainable, PerRank)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Memory that is to hold a box of a stored tensor.
+
+    Attributes:
+        key: dotted name in the target.
+        name: stored name.
+        box: local memory and its place in the global tensor.
+    """
+
+    key: str
+    name: str
+    box: Box
+
+
+@dataclass
+class Matched:
+    """What matching found."""
+
+    slots: list[Slot] = field(default_factory=list)
+    actions: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    cast: dict[str, tuple[str, str]] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    matched_any: bool = False
+
+    def add(self, other: Matched) -> None:
+        """Take in what was found elsewhere."""
+        self.slots += other.slots
+        self.actions += other.actions
+        self.missing += other.missing
+        self.unexpected += other.unexpected
+        self.mismatched += other.mismatched
+        self.cast.update(other.cast)
+        self.seen |= other.seen
+        self.matched_any |= other.matched_any
+
+
+class Matcher:
+    """Matches one target; not reusable.
+
+    Args:
+        state: the target.
+        source: the checkpoint.
+        only: globs of dotted names, target's or stored; nothing else is loaded. Empty: everything.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[Any, Any],
+        source: ChunkSource,
+        stored: StoredState,
+        *,
+        rank: int,
+        only: Iterable[str] = (),
+        strict: bool = True,
+    ) -> None:
+        self.source = source
+        self.strict = strict
+        self.walk = Walk(rank, state, {})
+        self.found = Matched()
+        self.renamed = stored.renamed
+        self._state = state
+        self._stored = stored
+        self._only = tuple(only)
+        self._new_slots: list[Slot] = []
+
+    def match(self) -> Matched:
+        """Walk everything the target names."""
+        total = Matched()
+        for key in list(self._state):
+            stored_key = key if key in self._stored.values else str(key)
+            found = self._match_key(key, self._stored.values.get(stored_key, MISSING))
+            hidden = {
+                name for name in self._stored.refs.get(stored_key, set()) - found.seen if self.wants(str(key), name)
+            }
+            if (
+                hidden
+            ):  # tensors inside objects the walk can't look into, such as a dataclass: decode those with real ones
+                found = self._match_key(key, self._decode_with(stored_key, key, hidden))
+            total.add(found)
+        if self._only and not total.matched_any:
+            total.mismatched.append(f"only={list(self._only)} matches nothing in this checkpoint and target")
+        return total
+
+    def _match_key(self, key: Any, stored: Any) -> Matched:
+        new = self._new_slots
+        self.found, self._new_slots = Matched(slots=new), []
+        self.fill((key,), self._state[key], stored, self._replacer(self._state, key))
+        return self.found
+
+    def _decode_with(self, stored_key: Any, key: Any, hidden: set[str]) -> Any:
+        def tensor(name: str) -> object:
+            return self._allocate(str(key), name, self._new_slots) if name in hidden else Stub(name)
+
+        return self._stored.decode(stored_key, tensor)
+
+    def wants(self, *names: str) -> bool:
+        """Whether ``only`` lets one of these through."""
+        if not self._only:
+            return True
+        wanted = any(fnmatchcase(name, glob) for name in names for glob in self._only)
+        self.found.matched_any |= wanted
+        return wanted
+
+    # -- one value ----------------------------------------------------------------------------------------------------
+
+    def fill(self, path: Path, target: Any, stored: Any, replace: Replace) -> None:
+        """Match one value of the target with what is stored there."""
+        key = dotted(path)
+        if isinstance(target, PerRank):
+            self.fill(path, target.value, stored, lambda value: setattr(target, "value", value))
+        elif stored is MISSING:
+            self.miss(path, target)
+        elif isinstance(target, torch.Tensor):
+            self._fill_tensor(key, target, stored, replace)
+        elif isinstance(target, nn.Module):
+            self._fill_module(path, target, stored, trainable_only=False)
+        elif isinstance(target, Trainable):
+            self._fill_module(path, target.module, stored, trainable_only=True)
+        elif isinstance(target, Optimizer):
+            match_optimizer(self, path, target, stored)
+        elif isinstance(target, Mapping):
+            self._fill_mapping(path, target, stored, replace)
+        elif is_stateful(target):
+            self.fill_stateful(path, target, stored)
+        elif isinstance(target, (list, tuple)) and has_fillable(target):
+            self._fill_sequence(path, target, stored, replace)
+        else:
+            self.put(key, stored, self._in_place(target, replace))
+
+    def slot(self, key: str, tensor: torch.Tensor, stub: Stub) -> bool:
+        """Fill ``tensor`` with a stored one if shapes and dtypes agree. Returns whether it will be."""
+        self.found.seen.add(stub.name)
+        if not self.wants(key, stub.name):
+            return False
+        meta = self.source.tensors[stub.name]
+        try:
+            box = box_of(key, tensor.detach() if type(tensor) is nn.Parameter else tensor)
+        except StateError as error:
+            self.found.mismatched.append(f"{key}: {error.message}")
+            return False
+        if box.global_shape != meta.shape:
+            self.found.mismatched.append(
+                f"{key}: stored shape {list(meta.shape)}, target shape {list(box.global_shape)}"
+            )
+            return False
+        dtype = dtype_name(box.local.dtype)
+        if dtype != meta.dtype:
+            if self.strict:
+                self.found.mismatched.append(f"{key}: stored as {meta.dtype}, target is {dtype}")
+                return False
+            self.found.cast[key] = (meta.dtype, dtype)
+        self.found.slots.append(Slot(key, stub.name, box))
+        return True
+
+    def put(self, key: str, stored: Any, replace: Replace) -> None:
+        """Put a stored value in place once all is read, tensors in it included."""
+        if not isinstance(stored, Stub) and not self.wants(key):
+            self._see(stored)
+            return
+        if isinstance(stored, tree.Opaque):
+            raise FormatError(
+                f"{key!r} holds a {stored.name}, which this process doesn't know",
+                hint="import the module that defines or registers it",
+                key=key,
+            )
+        value = self.read_into_new(key, stored)
+        if value is not MISSING:
+            self.found.actions.append((key, lambda: replace(value)))
+
+    def read_into_new(self, key: str, stored: Any) -> Any:
+        """``stored`` with new CPU tensors for its stubs; MISSING if it is a tensor nobody wants."""
+
+        def allocate(stub: Stub) -> Any:
+            self.found.seen.add(stub.name)
+            if not self.wants(key, stub.name):
+                return MISSING
+            return self._allocate(key, stub.name, self.found.slots)
+
+        return substitute(stored, allocate)
+
+    def _allocate(self, key: str, name: str, slots: list[Slot]) -> torch.Tensor:
+        meta = self.source.tensors[name]
+        new = torch.empty(meta.shape, dtype=dtype_of(meta.dtype))
+        slots.append(Slot(key, name, Box(new, meta.shape, (0,) * len(meta.shape), meta.shape)))
+        return new
+
+    def miss(self, path: Path, target: Any) -> None:
+        """The checkpoint has nothing for this."""
+        if isinstance(target, nn.Module):
+            for fqn, _, _ in modules.walk(target).tensors:
+                self.note_missing(dotted((*path, fqn)))
+        elif isinstance(target, Mapping) and target:
+            for key, below in target.items():
+                self.miss((*path, key), below)
+        else:
+            self.note_missing(dotted(path))
+
+    def note_missing(self, key: str) -> None:
+        """The checkpoint has nothing under this name."""
+        if self.wants(key):
+            self.found.missing.append(key)
+
+    def unexpected(self, key: str, stored: Any) -> None:
+        """The target has nothing for this."""
+        self._see(stored)
+        if self.wants(key):
+            self.found.unexpected.append(key)
+
+    # -- kinds --------------------------------------------------------------------------------------------------------
+
+    def _fill_tensor(self, key: str, target: torch.Tensor, stored: Any, replace: Replace) -> None:
+        if not isinstance(stored, Stub):
+            self.mismatch(key, f"stored is a {type(stored).__name__}, the target is a tensor")
+        elif (
+            target.layout is torch.strided
+            and not target.is_contiguous()
+            and torch._debug_has_internal_overlap(target) == 1
+        ):
+            self.put(key, stored, replace)  # an expanded tensor can't be written to
+        else:
+            self.slot(key, target, stored)
+
+    def mismatch(self, key: str, problem: str) -> None:
+        """Note a structural difference that no leniency makes fit."""
+        if self.wants(key):
+            self.found.mismatched.append(f"{key}: {problem}")
+
+    def _fill_module(self, path: Path, module: nn.Module, stored: Any, *, trainable_only: bool) -> None:
+        if not isinstance(stored, Mapping):
+            self.mismatch(dotted(path), f"stored is a {type(stored).__name__}, the target is a module")
+            return
+        entries = self.walk.entries_of(module)
+        flat = Flat(flatten(stored))
+        skipped: set[str] = set()
+        if trainable_only:
+            skipped = {fqn for fqn, t, kind in entries.tensors if kind == "param" and not t.requires_grad}
+        if entries.slow is not None:
+            state = modules.state_dict_of(module)
+            for fqn in list(state):
+                if fqn not in skipped and not self._fill_flat(path, fqn, state[fqn], flat, self._replacer(state, fqn)):
+                    self.note_missing(dotted((*path, fqn)))
+            self.found.actions.append((dotted(path), lambda: modules.load_state_dict_into(module, state)))
+        else:
+            absent = [
+                (fqn, id(tensor))
+                for fqn, tensor, _ in entries.tensors
+                if fqn not in skipped and not self._fill_flat(path, fqn, tensor, flat, None)
+            ]
+            missing = {fqn for fqn, _ in absent}
+            filled = {id(tensor) for fqn, tensor, _ in entries.tensors if fqn not in missing}
+            for fqn, identity in absent:
+                if identity not in filled:  # a tied name may come under its other name
+                    self.note_missing(dotted((*path, fqn)))
+            for fqn, owner in entries.extra.items():
+                if not self._fill_flat(path, fqn, None, flat, owner.set_extra_state):
+                    self.note_missing(dotted((*path, fqn)))
+        for name in skipped:
+            flat.take(name)
+        for name, value in flat.left():
+            self.unexpected(dotted((*path, name)), value)
+
+    def _fill_flat(self, path: Path, fqn: str, target: Any, flat: Flat, replace: Replace | None) -> bool:
+        """Fill one entry of a module; False if nothing is stored for it."""
+        key = dotted((*path, fqn))
+        stored = flat.take(fqn)
+        if stored is MISSING:
+            return False
+        if isinstance(target, torch.Tensor):
+            self._fill_tensor(key, target, stored, replace or _cannot_replace(key))
+        elif replace is not None:
+            self.put(key, stored, replace)
+        return True
+
+    def _fill_mapping(self, path: Path, target: Mapping[Any, Any], stored: Any, replace: Replace) -> None:
+        key = dotted(path)
+        if not isinstance(stored, Mapping):
+            self.put(key, stored, replace) if not has_fillable(target) else self.mismatch(
+                key, f"stored is a {type(stored).__name__}, the target is a mapping"
+            )
+            return
+        if not target:
+            self.put(key, stored, self._in_place(target, replace))
+            return
+        used: set[Any] = set()
+        for name in list(target):
+            below, came_from = look_up(stored, name)
+            used.update(came_from)
+            self.fill((*path, name), target[name], below, self._replacer(target, name))
+        for name, value in stored.items():
+            if name not in used:
+                self.unexpected(dotted((*path, name)), value)
+
+    def _fill_sequence(self, path: Path, target: Any, stored: Any, replace: Replace) -> None:
+        if not isinstance(stored, (list, tuple)):
+            self.mismatch(dotted(path), f"stored is a {type(stored).__name__}, the target is a {type(target).__name__}")
+            return
+        new: list[Any] = target if isinstance(target, list) else list(target)
+        for index, below in enumerate(target):
+            item = stored[index] if index < len(stored) else MISSING
+            self.fill((*path, index), below, item, self._replacer(new, index))
+        for index in range(len(target), len(stored)):
+            self.unexpected(dotted((*path, index)), stored[index])
+        if new is not target:
+            self.found.actions.append((dotted(path), lambda: self._replace_tuple(target, new, replace)))
+
+    @staticmethod
+    def _replace_tuple(target: Any, new: list[Any], replace: Replace) -> None:
+        if any(a is not b for a, b in zip(new, target, strict=True)):
+            cls = type(target)
+            replace(cls(*new) if hasattr(cls, "_fields") else cls(new))
+
+    def fill_stateful(self, path: Path, target: Any, stored: Any) -> None:
+        key = dotted(path)
+        if not self.wants(key, key + ".*"):
+            self._see(stored)
+            return
+        only, self._only = self._only, ()
+        try:
+            value = self._adopt(key, stored, target.state_dict())
+        finally:
+            self._only = only
+        self.found.actions.append((key, lambda: target.load_state_dict(value)))
+
+    def _adopt(self, key: str, stored: Any, current: Any) -> Any:
+        """The stored state, with the object's own sharded tensors where it has some, new tensors elsewhere."""
+        if isinstance(stored, Stub):
+            if is_sharded(current) and tuple(current.shape) == self.source.tensors[stored.name].shape:
+                self.slot(key, current, stored)
+                return current
+            return self.read_into_new(key, stored)
+        if isinstance(stored, dict) and isinstance(current, Mapping):
+            for name in stored:
+                stored[name] = self._adopt(f"{key}.{name}", stored[name], current.get(name))
+            return stored
+        if isinstance(stored, list) and isinstance(current, (list, tuple)):
+            for i, item in enumerate(stored):
+                stored[i] = self._adopt(f"{key}.{i}", item, current[i] if i < len(current) else None)
+            return stored
+        return self.read_into_new(key, stored)
+
+    # -- containers ---------------------------------------------------------------------------------------------------
+
+    def _replacer(self, container: Any, key: Any) -> Replace:
+        def replace(value: Any) -> None:
+            if not isinstance(container, (MutableMapping, list)):
+                raise LoadMismatchError(
+                    f"the value stored for {key!r} can't be put into a {type(container).__name__}",
+                    hint="use a dict",
+                    key=str(key),
+                )
+            container[key] = value
+
+        return replace
+
+    @staticmethod
+    def _in_place(target: Any, replace: Replace) -> Replace:
+        """Containers of plain values keep their identity and get the stored contents."""
+
+        def refill(value: Any) -> None:
+            if type(target) is list and type(value) is list:
+                target[:] = value
+            elif isinstance(target, dict) and type(target) is type(value):
+                target.clear()
+                target.update(value)
+            elif isinstance(target, torch.Generator) and isinstance(value, torch.Generator):
+                target.set_state(value.get_state())
+            else:
+                replace(value)
+
+        return refill
+
+    def _see(self, stored: Any) -> None:
+        def note(stub: Stub) -> Stub:
+            self.found.seen.add(stub.name)
+            return stub
+
+        substitute(stored, note)
+
+
+class Flat:
+    """Stored values by flat name, each taken once; wrapper segments in names don't matter."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+        self._bare: dict[str, str] | None = None
+
+    def take(self, fqn: str) -> Any:
+        """The value for a name, or MISSING."""
+        if fqn in self._values:
+            return self._values.pop(fqn)
+        if self._bare is None:
+            self._bare = {modules.strip_wrappers(name): name for name in self._values}
+        return self._values.pop(self._bare.get(modules.strip_wrappers(fqn), fqn), MISSING)
+
+    def left(self) -> list[tuple[str, Any]]:
+        """What nobody took."""
+        return list(self._values.items())
+
+
+def dotted(path: Path) -> str:
+    """The path as names and messages say it."""
+    return ".".join(map(str, path))
+
+
+def has_fillable(value: Any) -> bool:
+    """Whether there is anything in ``value`` to fill in place."""
+    if isinstance(value, _FILLABLE):
+        return True
+    if isinstance(value, Mapping):
+        return any(has_fillable(below) for below in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(has_fillable(below) for below in value)
+    return is_stateful(value)
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether this is a DTensor."""
+    return isinstance(value, DTensor)
+
+
+def _cannot_replace(key: str) -> Replace:
+    def replace(_: Any) -> None:
+        raise LoadMismatchError(f"{key!r} can't be written to", hint="give it memory of its own", key=key)
+
+    return replace

@@ -1,0 +1,242 @@
+"""One pass over a state: every tensor gets its name, everything else is encoded into the state tree.
+
+Modules become one flat dict of names, optimizers the dict :mod:`ckptstore.dcp.optimizers` describes, objects with
+``state_dict``/``load_state_dict`` what they hand out. Long runs of nothing but tensor names are *fragments*: encoded
+once and reused by later saves as long as their keys stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ckptstore.dcp import modules, optimizers
+from ckptstore.dcp import torch_types as _torch_types  # noqa: F401  # registers torch's small types
+from ckptstore.dcp.markers import PerRank, Trainable
+from ckptstore.errors import StateError
+from ckptstore.format import tree
+from ckptstore.format.manifest import Json
+from ckptstore.format.names import fqn as name_of_path
+
+Kind = Literal["param", "buffer", "optim", "plain", "per_rank"]
+Path = tuple[Any, ...]
+#: dotted path -> (keys, encoded node)
+Fragments = dict[str, tuple[object, Json]]
+
+#: Plain dicts of at least this many tensors are worth a fragment.
+_FRAGMENT_MIN = 8
+
+
+class Walk:
+    """Collects one state's tensors and encodes what isn't one. Not reusable.
+
+    Attributes:
+        names, tensors, kinds: what was found, in order; tied names appear once each.
+        fragment_ids: ids of the encoded nodes that hold nothing but names of tensors.
+        slow_path: why some module had to be asked for its state dict.
+    """
+
+    def __init__(self, rank: int, state: Mapping[str, Any], fragments: Fragments) -> None:
+        self.names: list[str] = []
+        self.tensors: list[torch.Tensor] = []
+        self.kinds: list[Kind] = []
+        self.slow_path: str | None = None
+        self._rank = rank
+        self._state = state
+        self._fragments = fragments
+        self._used: dict[str, Json] = {}
+        self._own: dict[str, object] = {}
+        self._taken: set[str] = set()
+        self._entries: dict[int, modules.ModuleEntries] = {}
+        self._owners: dict[int, optimizers.Owner] | None = None
+        self._suffix = ""
+
+    def encode(self) -> Json:
+        """The whole state as a tree that refers to tensors by name."""
+        return tree.encode(self._state, self._leaf)
+
+    def encode_own(self) -> Json | None:
+        """The values marked ``per_rank`` as one tree by key, None if there are none; after :meth:`encode`."""
+        if not self._own:
+            return None
+        self._suffix = f"@rank{self._rank}"
+        try:
+            return tree.encode(self._own, self._leaf)
+        finally:
+            self._suffix = ""
+
+    @property
+    def fragment_ids(self) -> frozenset[int]:
+        return frozenset(map(id, self._used.values()))
+
+    def entries_of(self, module: nn.Module) -> modules.ModuleEntries:
+        """The module's tensors, walked once per pass."""
+        entries = self._entries.get(id(module))
+        if entries is None:
+            entries = self._entries[id(module)] = modules.walk(module)
+        return entries
+
+    @property
+    def owners(self) -> dict[int, optimizers.Owner]:
+        """id of each parameter in any module of the state -> where it is registered; the first place wins."""
+        if self._owners is None:
+            self._owners = {}
+            for path, module in modules_in(self._state):
+                key = ".".join(map(str, path))
+                for fqn, tensor, kind in self.entries_of(module).tensors:
+                    if kind == "param":
+                        self._owners.setdefault(id(tensor), optimizers.Owner(key, fqn))
+        return self._owners
+
+    # -- leaves ---------------------------------------------------------------------------------------------------
+
+    def _leaf(self, path: Path, value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(path, value, "plain")
+        if isinstance(value, dict):
+            return self._dict(path, value)
+        if isinstance(value, nn.Module):
+            return self._module(path, value)
+        if isinstance(value, Optimizer):
+            return self._optimizer(path, value)
+        if isinstance(value, Trainable):
+            return self._module(path, value.module, trainable_only=True)
+        if isinstance(value, PerRank):
+            return self._keep_own(path, value.value)
+        if is_stateful(value):
+            return value.state_dict()  # type: ignore[attr-defined]
+        return value
+
+    def _tensor(self, path: Path, value: torch.Tensor, kind: Kind) -> tree.TensorRef:
+        return tree.TensorRef(self._add(".".join(map(str, path[:-1])), path[:-1], path[-1:], value, kind))
+
+    def _add(self, prefix: str, path: Path, keys: Path, value: torch.Tensor, kind: Kind) -> str:
+        """Note a tensor at ``(*path, *keys)``, where ``prefix`` is the stock name of ``path``; returns its name."""
+        name = ".".join([prefix, *map(str, keys)]) if path else ".".join(map(str, keys))
+        if name in self._taken or not name.isascii():
+            name = name_of_path((*path, *keys), self._taken)
+        if self._suffix:
+            name, kind = name + self._suffix, "per_rank"
+        self._taken.add(name)
+        self.names.append(name)
+        self.tensors.append(value)
+        self.kinds.append(kind)
+        return name
+
+    def _dict(self, path: Path, value: dict[Any, Any]) -> object:
+        if len(value) < _FRAGMENT_MIN or type(value) is not dict or not path:
+            return value
+        for key, item in value.items():
+            if type(key) is not str or not isinstance(item, torch.Tensor):
+                return value
+        prefix = ".".join(map(str, path))
+        names = [self._add(prefix, path, (key,), item, "plain") for key, item in value.items()]
+        keys = list(value)
+        return self._fragment(path, (keys, names), lambda: dict(zip(keys, map(tree.TensorRef, names), strict=True)))
+
+    def _module(self, path: Path, module: nn.Module, *, trainable_only: bool = False) -> object:
+        entries = self.entries_of(module)
+        if entries.slow is not None:
+            self.slow_path = self.slow_path or f"{'.'.join(map(str, path))}: {entries.slow}"
+            state = modules.state_dict_of(module)
+            if trainable_only:
+                frozen = {fqn for fqn, tensor, kind in entries.tensors if kind == "param" and not tensor.requires_grad}
+                state = {key: item for key, item in state.items() if key not in frozen}
+            return state
+        prefix = ".".join(map(str, path))
+        keys: list[str] = []
+        names: list[str] = []
+        for fqn, tensor, kind in entries.tensors:
+            if trainable_only and kind == "param" and not tensor.requires_grad:
+                continue
+            keys.append(fqn)
+            names.append(self._add(prefix, path, (fqn,), tensor, kind))
+
+        def refs() -> dict[str, object]:
+            return dict(zip(keys, map(tree.TensorRef, names), strict=True))
+
+        if not entries.extra:
+            return self._fragment(path, (keys, names), refs)
+        return {**refs(), **{fqn: owner.get_extra_state() for fqn, owner in entries.extra.items()}}
+
+    def _optimizer(self, path: Path, optimizer: Optimizer) -> object:
+        optimizer = optimizers.unwrapped(optimizer)
+        if optimizers.has_own_state_dict(optimizer):
+            return optimizer.state_dict()
+        names = optimizers.parameter_names(optimizer, self.owners)
+        state, groups = optimizers.read(optimizer, names)
+        for i, group in enumerate(groups):
+            at = (*path, "param_groups", i, "params")
+            group["params"] = self._fragment(at, group["params"], partial(list, group["params"]))
+        return {"state": self._moments((*path, "state"), state), "param_groups": groups}
+
+    def _moments(self, path: Path, state: dict[Any, Any]) -> object:
+        for entry in state.values():
+            if type(entry) is not dict or not all(isinstance(item, torch.Tensor) for item in entry.values()):
+                return state
+        prefix = ".".join(map(str, path))
+        names = [
+            self._add(prefix, path, (fqn, key), item, "optim")
+            for fqn, entry in state.items()
+            for key, item in entry.items()
+        ]
+        keys = [key for entry in state.values() for key in entry]
+        fqns = list(state)
+
+        def refs() -> dict[Any, dict[Any, object]]:
+            name = iter(names)
+            return {fqn: {key: tree.TensorRef(next(name)) for key in entry} for fqn, entry in state.items()}
+
+        return self._fragment(path, (fqns, keys, names), refs)
+
+    def _keep_own(self, path: Path, value: object) -> tree.PerRankRef:
+        key = name_of_path(path, self._own.keys())
+        if self._suffix:
+            raise StateError(f"{key!r} is per_rank(...) inside per_rank(...)", hint="one of them is enough", key=key)
+        self._own[key] = value
+        return tree.PerRankRef(key)
+
+    def _fragment(self, path: Path, looks: object, make: Callable[[], Any]) -> object:
+        """The encoded value of ``make()``, which ``looks`` determines."""
+        key = ".".join(map(str, path)) + self._suffix
+        kept = self._fragments.get(key)
+        if kept is None or kept[0] != looks:
+            kept = self._fragments[key] = (looks, tree.encode(make(), _verbatim)["tree"])
+        self._used[key] = kept[1]
+        return tree.Opaque(key, kept[1])
+
+
+def _verbatim(_: Path, value: object) -> object:
+    return value
+
+
+def is_stateful(value: object) -> bool:
+    """Whether ``value`` is an object that hands out and takes back its state (a scheduler, a scaler, a loader)."""
+    return (
+        not isinstance(value, type)
+        and callable(getattr(value, "state_dict", None))
+        and callable(getattr(value, "load_state_dict", None))
+    )
+
+
+def modules_in(value: object, path: Path = ()) -> Iterator[tuple[Path, nn.Module]]:
+    """Every module of a state with its path, through mappings, lists, tuples and markers."""
+    if isinstance(value, torch.Tensor):
+        return
+    if isinstance(value, nn.Module):
+        yield path, value
+    elif isinstance(value, Trainable):
+        yield path, value.module
+    elif isinstance(value, PerRank):
+        yield from modules_in(value.value, path)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from modules_in(item, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from modules_in(item, (*path, index))

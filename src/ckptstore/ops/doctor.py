@@ -1,0 +1,158 @@
+"""`doctor`: try what a store needs, each by doing it in a scratch place, and name a fix for each finding."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ckptstore.blob.base import BlobStore
+from ckptstore.errors import CheckpointExistsError, CkptError
+from ckptstore.ops.open import Place
+
+LOW_SPACE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried: ``ok``, ``warning`` or ``problem``, and what to do about it."""
+
+    name: str
+    state: str
+    detail: str
+    fix: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "state": self.state, "detail": self.detail, "fix": self.fix}
+
+
+def doctor(place: Place) -> list[Check]:
+    """Try everything; a failed check never stops the others."""
+    checks: list[Check] = []
+    if place.local is not None:
+        checks += _local(place.local.root)
+    for name, blob in place.blobs.items():
+        checks += _remote(name, blob)
+    checks.append(_memory())
+    return checks
+
+
+def _tried(name: str, action: Callable[[], str], fix: str) -> Check:
+    try:
+        return Check(name, "ok", action())
+    except CkptError as error:
+        return Check(name, "problem", error.message, error.hint or fix)
+    except OSError as error:
+        return Check(name, "problem", f"{error.strerror or error}", fix)
+
+
+def _local(root: Path) -> Iterator[Check]:
+    folder = root if root.exists() else _nearest(root)
+
+    def write() -> str:
+        path = folder / f".ckptstore-doctor-{secrets.token_hex(6)}"
+        began = time.perf_counter()
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(fd, b"x" * 4096)
+            os.fsync(fd)
+            renamed = path.with_name(path.name + "-renamed")
+            os.rename(path, renamed)
+            path = renamed
+            parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(parent)
+            finally:
+                os.close(parent)
+        finally:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+        return f"write, fsync, rename and directory fsync took {(time.perf_counter() - began) * 1e3:.1f} ms"
+
+    def space() -> str:
+        free = psutil.disk_usage(str(folder)).free
+        if free < LOW_SPACE_BYTES:
+            raise OSError(28, f"only {free / 2**30:.1f} GiB are free")
+        return f"{free / 2**30:.1f} GiB free"
+
+    yield _tried("local: commit", write, f"make {folder} writable for this user, on a file system that can fsync")
+    yield _tried("local: space", space, "make room, or put the local tier on a larger disk")
+    kind = _file_system(folder)
+    if kind in ("tmpfs", "ramfs", "overlay"):
+        fix = "put the local tier on a disk if saves must survive a power cut"
+        yield Check("local: file system", "warning", f"{kind} does not survive a power cut or a restart", fix)
+    else:
+        yield Check("local: file system", "ok", kind)
+
+
+def _remote(name: str, blob: BlobStore) -> Iterator[Check]:
+    key = f"doctor/{secrets.token_hex(8)}"
+    body = secrets.token_bytes(1024)
+
+    def put() -> str:
+        blob.put(key, body, if_absent=True)
+        return "an object was written"
+
+    def read() -> str:
+        if blob.get(key) != body:
+            raise OSError(5, "read back other bytes than were written")
+        if blob.get(key, start=100, length=50) != body[100:150]:
+            raise OSError(5, "a ranged read returned other bytes")
+        return "whole and ranged reads return what was written"
+
+    def conditional() -> str:
+        try:
+            blob.put(key, body, if_absent=True)
+        except CheckpointExistsError:
+            return "a second create of the same name is refused"
+        raise OSError(17, "a second create of the same name was accepted")
+
+    def listing() -> str:
+        if key not in [info.key for info in blob.list("doctor/")]:
+            raise OSError(5, "the object just written is not listed")
+        return "listings show what was written"
+
+    def delete() -> str:
+        blob.delete([key])
+        if blob.head(key) is not None:
+            raise OSError(5, "the object is still there after delete")
+        return "objects can be deleted (needed by retention and gc, not by training)"
+
+    began = time.perf_counter()
+    first = _tried(f"{name}: write", put, "check bucket, credentials and the right to put objects")
+    yield first
+    if first.state != "ok":
+        return
+    yield Check(f"{name}: latency", "ok", f"one small put took {(time.perf_counter() - began) * 1e3:.0f} ms")
+    yield _tried(f"{name}: read", read, "grant the right to get objects")
+    yield _tried(f"{name}: conditional create", conditional, "use a bucket whose server honours If-None-Match")
+    yield _tried(f"{name}: list", listing, "grant the right to list the bucket")
+    removed = _tried(f"{name}: delete", delete, "grant delete to whoever runs retention and gc; trainers need it not")
+    yield removed if removed.state == "ok" else Check(removed.name, "warning", removed.detail, removed.fix)
+
+
+def _memory() -> Check:
+    available = psutil.virtual_memory().available
+    state = "ok" if available > 1 << 30 else "warning"
+    detail = f"{available / 2**30:.1f} GiB available; an arena takes twice a rank's shard"
+    return Check("memory", state, detail, None if state == "ok" else "use StoreConfig(generations=1)")
+
+
+def _nearest(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _file_system(path: Path) -> str:
+    best = ("", "unknown")
+    for mount in psutil.disk_partitions(all=True):
+        if path.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= len(best[0]):
+            best = (mount.mountpoint, mount.fstype)
+    return best[1]

@@ -1,0 +1,73 @@
+"""`list` and `show`: what is there, in brief and in detail."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+from ckptstore.ops.open import Place, RunTiers
+from ckptstore.repo.catalog import Record
+from ckptstore.repo.reader import CheckpointReader
+from ckptstore.types import CheckpointInfo, StepLike
+
+
+def list_checkpoints(place: Place, run: str | None, *, include_superseded: bool = False) -> list[CheckpointInfo]:
+    """Checkpoints of one run, or of all of them, oldest first within each."""
+    infos = []
+    for name in [run] if run is not None else place.runs():
+        catalog = place.tiers(name).catalog()
+        infos += [record.info() for record in (catalog.records if include_superseded else catalog.line())]
+    return infos
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One stored tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    ranks: tuple[int, ...]
+    alias_of: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "size_bytes": self.size_bytes,
+            "ranks": list(self.ranks),
+            "alias_of": self.alias_of,
+        }
+
+
+@dataclass(frozen=True)
+class Details:
+    """One checkpoint and its tensors."""
+
+    info: CheckpointInfo
+    tensors: tuple[TensorRow, ...]
+    versions: dict[str, str]
+    num_nodes: int
+
+
+def show_checkpoint(tiers: RunTiers, step: StepLike, *, only: str | None = None) -> Details:
+    """Everything the manifests say of one checkpoint; ``only`` is a pattern of tensor names."""
+    record: Record = tiers.catalog().resolve(step)
+    reader = CheckpointReader(record, tiers.local, tiers.remotes)
+    rows = []
+    for name, meta in reader.tensors.items():
+        pieces = reader.pieces(name)
+        size_bytes = sum(piece.size_bytes for _, _, piece in pieces)
+        ranks = tuple(sorted({rank for rank, _, _ in pieces}))
+        rows.append(TensorRow(name, meta.dtype, meta.shape, size_bytes, ranks))
+    by_name = {row.name: row for row in rows}
+    for name, target in reader.aliases.items():
+        row = by_name[target]
+        rows.append(TensorRow(name, row.dtype, row.shape, 0, row.ranks, target))
+    if only:
+        rows = [row for row in rows if fnmatch.fnmatchcase(row.name, only)]
+    summary = record.summary
+    return Details(record.info(), tuple(sorted(rows, key=lambda r: r.name)), dict(summary.versions), summary.num_nodes)

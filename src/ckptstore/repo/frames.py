@@ -1,0 +1,175 @@
+"""Chunks out of remotes: ranged GETs, decoding, and falling back from one remote to the next.
+
+Nothing is believed: a frame's place was bounded when its document was read, the decoder bounds the frame, and the
+result must have the digest that the shard manifest states, which the root manifest pins.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ckptstore import codec
+from ckptstore.errors import CkptError, FormatError, IntegrityError, NotFoundError, StorageError, TransientError
+from ckptstore.format.manifest import RemoteShard, ShardManifest, ShardRef, digest, strong_digest
+from ckptstore.repo.packs import Chunk, PlacedFrame, Range, placed, ranges
+from ckptstore.repo.remote import RemoteTier
+
+#: Plain bytes of base chunks kept, for deltas that share one (tied rows, chunks of zeros) and for readers in pieces.
+BASE_CACHE_BYTES = 64 << 20
+
+
+class Failures:
+    """What went wrong at each source of one thing, and the error to raise when none is left."""
+
+    def __init__(self) -> None:
+        self.tried: list[str] = []
+        self._unavailable: StorageError | None = None
+
+    def add(self, source: str, error: Exception) -> None:
+        """Take note. Damage and absence are facts; being unreachable or refused is only the state of the moment."""
+        self.tried.append(f"{source}: {error.message if isinstance(error, CkptError) else error}")
+        if not isinstance(error, StorageError) or isinstance(error, NotFoundError):
+            return
+        if not isinstance(self._unavailable, TransientError):
+            self._unavailable = error
+
+    def error(self, what: str, **context: object) -> StorageError | IntegrityError:
+        """A source that could not be asked may still hold a good copy, so its error wins over the verdict of damage."""
+        if self._unavailable is not None:
+            return self._unavailable
+        return IntegrityError(
+            f"{what}: no good copy is left; tried {'; '.join(self.tried) or 'nothing, there is no other tier'}",
+            hint="resume from another checkpoint; `ckptctl verify` lists what is damaged",
+            **context,
+        )
+
+
+class BaseCache:
+    """Decoded base chunks, least recently used ones leaving first. Thread-safe."""
+
+    def __init__(self, max_bytes: int = BASE_CACHE_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._held: OrderedDict[str, bytes] = OrderedDict()
+        self._size_bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> bytes | None:
+        """The plain bytes of this name."""
+        with self._lock:
+            if name in self._held:
+                self._held.move_to_end(name)
+            return self._held.get(name)
+
+    def put(self, name: str, plain: bytes) -> None:
+        """Remember, and forget others."""
+        with self._lock:
+            if name in self._held or len(plain) > self._max_bytes:
+                return
+            self._held[name] = plain
+            self._size_bytes += len(plain)
+            while self._size_bytes > self._max_bytes:
+                self._size_bytes -= len(self._held.popitem(last=False)[1])
+
+
+class RemoteChunks:
+    """Chunks of one save, from whichever remote has them. Thread-safe.
+
+    Args:
+        remotes: In order of preference; those that hold the save.
+        save_id: The save.
+        on_received: Told the size of each answer with packed bytes.
+    """
+
+    def __init__(
+        self, remotes: Sequence[RemoteTier], save_id: str, on_received: Callable[[int], None] | None = None
+    ) -> None:
+        self.remotes = tuple(remotes)
+        self._save_id = save_id
+        self._on_received = on_received
+        self._documents: dict[tuple[str, int], RemoteShard] = {}
+        self._bases = BaseCache()
+
+    def document(self, remote: RemoteTier, ref: ShardRef) -> RemoteShard:
+        """Where this remote holds rank ``ref.rank``'s chunks; read once.
+
+        Raises:
+            NotFoundError, FormatError, IntegrityError, StorageError: as :meth:`RemoteTier.remote_shard`.
+        """
+        key = (remote.name, ref.rank)
+        if key not in self._documents:
+            self._documents[key] = remote.remote_shard(self._save_id, ref)
+        return self._documents[key]
+
+    def shard(self, ref: ShardRef, failures: Failures) -> ShardManifest | None:
+        """The shard manifest of this rank, from the first remote that has it whole."""
+        for remote in self.remotes:
+            try:
+                return self.document(remote, ref).shard
+            except (StorageError, IntegrityError, FormatError) as error:
+                failures.add(remote.name, error)
+        return None
+
+    def read(self, ref: ShardRef, chunk: Chunk, out: memoryview, failures: Failures) -> str | None:
+        """One chunk into ``out``, verified; the name of the remote that had it, or None when none has."""
+        for remote in self.remotes:
+            try:
+                document = self.document(remote, ref)
+                frame = placed(document, document.frames[document.chunks[chunk.piece][chunk.index]])
+                data = self._get(remote, frame.pack, frame.offset, frame.length)
+                codec.decode(data, size_bytes=chunk.size_bytes, base=self._base(remote, frame), out=out)
+                if digest(out) != chunk.digest:
+                    raise IntegrityError(f"pack {frame.pack} does not hold the chunk it should")
+                return remote.name
+            except (StorageError, IntegrityError, FormatError) as error:
+                failures.add(remote.name, error)
+        return None
+
+    def read_range(self, remote: RemoteTier, request: Range) -> Iterator[tuple[PlacedFrame, memoryview | CkptError]]:
+        """Every frame of one request, decoded or damaged on its own; the caller compares digests.
+
+        The bases of deltas are fetched in ranges too: they lie side by side, as the deltas do.
+
+        Raises:
+            NotFoundError, IntegrityError, StorageError: nothing of this request can be had.
+        """
+        bases = {frame.base for frame in request.frames if frame.base is not None}
+        plain: dict[PlacedFrame, memoryview | CkptError] = {}
+        for part in ranges(bases):
+            plain.update(self._cut(remote, part, {}))
+        yield from self._cut(remote, request, plain)
+
+    def _cut(
+        self, remote: RemoteTier, request: Range, bases: Mapping[PlacedFrame, memoryview | CkptError]
+    ) -> Iterator[tuple[PlacedFrame, memoryview | CkptError]]:
+        data = memoryview(self._get(remote, request.pack, request.start, request.length))
+        for frame in request.frames:
+            base = bases[frame.base] if frame.base is not None else None
+            if isinstance(base, CkptError):
+                yield frame, base
+                continue
+            try:
+                body = data[frame.offset - request.start :][: frame.length]
+                yield frame, codec.decode(body, size_bytes=frame.size_bytes, base=base)
+            except IntegrityError as error:
+                yield frame, error
+
+    def _base(self, remote: RemoteTier, frame: PlacedFrame) -> bytes | None:
+        base = frame.base
+        if base is None:
+            return None
+        plain = self._bases.get(base.name)
+        if plain is None:
+            data = self._get(remote, base.pack, base.offset, base.length)
+            plain = bytes(codec.decode(data, size_bytes=base.size_bytes))
+            if strong_digest(plain) != base.name:
+                raise IntegrityError(f"pack {base.pack} does not hold the base it should")
+            self._bases.put(base.name, plain)
+        return plain
+
+    def _get(self, remote: RemoteTier, pack: str, start: int, length: int) -> bytes:
+        data = remote.get_range(pack, start, length)
+        if self._on_received is not None:
+            self._on_received(length)
+        return data

@@ -1,0 +1,166 @@
+"""What the newest committed saves of a remote hold already, so that a push refers to it instead of sending it again.
+
+Two questions: is this very chunk there (by digest), and is there a full chunk of the same place in the same tensor to
+take a difference against, with its plain bytes at hand on the local disk? Both are only answered from saves whose root
+manifest is committed on that remote, and only while the pack in question is still there: objects removed by somebody
+else must not spread into new saves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckptstore.errors import FormatError, IntegrityError, NoStoreError, NotFoundError
+from ckptstore.format.manifest import Piece, RemoteShard, ShardManifest, digest
+from ckptstore.repo.durable import READ_FLAGS
+from ckptstore.repo.packs import Chunk, PlacedFrame, chunks_of, pack_owner, placed
+from ckptstore.repo.remote import RemoteSave, RemoteTier
+
+_log = logging.getLogger("ckptstore.repo")
+
+#: How many committed saves are consulted, newest first: the latest, and one more in case it was a line of its own.
+RECENT_SAVES = 2
+#: Saves of another world size are consulted only up to this many ranks: one document each must be read.
+MAX_FOREIGN_RANKS = 64
+
+_HEADS_IN_FLIGHT = 8
+
+
+@dataclass(frozen=True)
+class PlainChunk:
+    """Plain bytes of a chunk in a local checkpoint."""
+
+    path: Path
+    chunk: Chunk
+
+    def read(self) -> bytes | None:
+        """The bytes, or None when they are gone or damaged: a base is a convenience."""
+        try:
+            fd = os.open(self.path, READ_FLAGS)
+        except OSError:
+            return None
+        try:
+            data = os.pread(fd, self.chunk.size_bytes, self.chunk.offset)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+        return data if len(data) == self.chunk.size_bytes and digest(data) == self.chunk.digest else None
+
+
+@dataclass(frozen=True)
+class Base:
+    """A full chunk that a delta may refer to."""
+
+    frame: PlacedFrame
+    plain: PlainChunk
+
+
+class KnownChunks:
+    """Index of one remote for one push. :meth:`find` and :meth:`base_for` are thread-safe once it is gathered."""
+
+    def __init__(self, remote: RemoteTier, distrust: Collection[str] = ()) -> None:
+        self._remote = remote
+        self._frames: dict[tuple[str, int], PlacedFrame] = {}
+        self._places: dict[tuple[object, ...], PlacedFrame] = {}
+        self._plain: dict[str, PlainChunk] = {}
+        self._pack_bytes: dict[str, int] = dict.fromkeys(distrust, 0)
+        self._lock = threading.Lock()
+
+    def gather(self, committed: list[RemoteSave], shards: list[ShardManifest], local: Mapping[str, Path]) -> None:
+        """Read what the newest committed saves say about these shards' chunks.
+
+        Args:
+            committed: The remote's committed saves, oldest first, without the one being pushed.
+            shards: What will be pushed.
+            local: Checkpoint directories by save_id, whose plain bytes may serve as bases.
+        """
+        recent = committed[-RECENT_SAVES:]
+        summary = next((s.summary for s in shards if s.summary is not None), None)
+        if summary is not None and summary.parent is not None:
+            recent = [s for s in committed if s.save_id == summary.parent.save_id and s not in recent] + recent
+        documents = [d for save in recent for d in self._documents(save, shards)]
+        owners = {pack_owner(d.packs[f.base.pack]) for d in documents for f in d.frames if f.base is not None}
+        seen = {save.save_id for save in recent}
+        bases = [s for s in committed if s.save_id in owners - seen and s.save_id in local]
+        for document in [d for save in bases for d in self._documents(save, shards)] + documents:
+            self.add(document, local.get(document.shard.save_id))
+
+    def add(self, document: RemoteShard, path: Path | None) -> None:
+        """Take in a shard of a committed save, or one this push has just sent; later ones win."""
+        shard = document.shard
+        frames = [placed(document, frame) for frame in document.frames]
+        for piece, row, chunks in zip(shard.pieces, document.chunks, chunks_of(shard), strict=True):
+            for index, chunk in zip(row, chunks, strict=True):
+                frame = frames[index]
+                self._frames[chunk.digest, chunk.size_bytes] = frame
+                self._places[_place(shard, piece, chunk.index)] = frame
+                if path is not None:
+                    self._plain[frame.name] = PlainChunk(path / shard.file, chunk)
+
+    def find(self, chunk: Chunk) -> PlacedFrame | None:
+        """A frame of exactly this chunk, on the remote."""
+        frame = self._frames.get((chunk.digest, chunk.size_bytes))
+        return frame if frame is not None and self._is_there(frame) else None
+
+    def base_for(self, shard: ShardManifest, piece: Piece, chunk: Chunk) -> Base | None:
+        """The full chunk that this one's predecessor is, or refers to; so a delta never rests on a delta."""
+        frame = self._places.get(_place(shard, piece, chunk.index))
+        if frame is None:
+            return None
+        full = frame.base if frame.base is not None else frame
+        plain = self._plain.get(full.name)
+        if plain is None or full.size_bytes != chunk.size_bytes or not self._is_there(full):
+            return None
+        return Base(full, plain)
+
+    def holds_all(self, document: RemoteShard) -> bool:
+        """Whether every pack this document refers to is there, as far as it does."""
+        ends: dict[str, PlacedFrame] = {}
+        for frame in (placed(document, f) for f in document.frames):
+            for part in (frame, frame.base) if frame.base is not None else (frame,):
+                if part.pack not in ends or part.offset + part.length > ends[part.pack].offset + ends[part.pack].length:
+                    ends[part.pack] = replace(part, base=None)
+        with ThreadPoolExecutor(_HEADS_IN_FLIGHT) as pool:
+            return all(pool.map(self._is_there, ends.values()))
+
+    def _is_there(self, frame: PlacedFrame) -> bool:
+        for part in (frame, frame.base) if frame.base is not None else (frame,):
+            size_bytes = self._pack_bytes.get(part.pack)
+            if size_bytes is None:
+                info = self._remote.head_pack(part.pack)
+                size_bytes = info.size_bytes if info is not None else 0
+                with self._lock:
+                    self._pack_bytes[part.pack] = size_bytes
+            if part.offset + part.length > size_bytes:
+                return False
+        return True
+
+    def _documents(self, save: RemoteSave, shards: list[ShardManifest]) -> list[RemoteShard]:
+        try:
+            root = self._remote.root_manifest(save)
+            world_size = root.summary.world_size
+            if world_size == shards[0].world_size:
+                ranks = {shard.rank for shard in shards}
+            else:
+                ranks = set(range(world_size)) if world_size <= MAX_FOREIGN_RANKS else set()
+            return [self._remote.cached_shard(save.save_id, ref) for ref in root.shards if ref.rank in ranks]
+        except NoStoreError:
+            raise
+        except (NotFoundError, FormatError, IntegrityError) as error:
+            _log.warning(
+                "save %s on %s is damaged, so nothing is taken from it: %s", save.save_id, self._remote.name, error
+            )
+            return []
+
+
+def _place(shard: ShardManifest, piece: Piece, index: int) -> tuple[object, ...]:
+    """Where a chunk belongs in the state, whichever rank stored it."""
+    dtype = shard.tensors[piece.fqn].dtype
+    return piece.fqn, dtype, piece.offsets, piece.shape, shard.chunk_elements, index

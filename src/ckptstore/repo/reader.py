@@ -1,0 +1,275 @@
+"""One checkpoint, read chunk by chunk from wherever it is whole.
+
+Local bytes first, straight into the caller's memory; what is damaged or missing there comes from the remotes in their
+order, and a damaged local file is repaired in place with the verified bytes. Every byte handed out has the digest that
+its shard manifest states, every shard manifest has the digest that the root manifest states, and the root manifest is
+the pure function of its shard manifests that it must be.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+
+from ckptstore.errors import CkptError, FormatError, IntegrityError, StorageError
+from ckptstore.format.manifest import (
+    Json,
+    Piece,
+    RootManifest,
+    ShardManifest,
+    ShardRef,
+    TensorMeta,
+    digest,
+    root_from,
+)
+from ckptstore.repo.durable import READ_FLAGS
+from ckptstore.repo.frames import Failures, RemoteChunks
+from ckptstore.repo.local import LocalTier
+from ckptstore.repo.packs import Chunk, chunks_of
+from ckptstore.repo.record import LOCAL, Record
+from ckptstore.repo.remote import RemoteTier
+
+_log = logging.getLogger("ckptstore.repo")
+
+_WRITE_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_MANIFEST_READERS = 8
+
+
+class CheckpointReader:
+    """Opens one checkpoint: reads its manifests and no tensor byte. Thread-safe; close it to give back descriptors.
+
+    Attributes:
+        root: The root manifest.
+        shards: Shard manifests by rank.
+        tensors: Every stored tensor by name, without aliases.
+        tree: The encoded state tree.
+        aliases: Tied names -> the name whose bytes they share.
+
+    Args:
+        record: The save, as the catalogue knows it.
+        local: The local tier, if there is one.
+        remotes: All remotes, in order of preference; those that lack the save are not asked.
+
+    Raises:
+        IntegrityError: no tier has manifests that fit together.
+        TransientError: a tier that may have them can't be reached now.
+        StorageError: ... or refuses.
+    """
+
+    def __init__(self, record: Record, local: LocalTier | None, remotes: Sequence[RemoteTier]) -> None:
+        self._summary = record.summary
+        self._local = local
+        self._save = record.local if local is not None else None
+        self._places = dict(record.remote)
+        self._chunks = RemoteChunks([r for r in remotes if r.name in self._places], record.summary.save_id)
+        self._lock = threading.Lock()
+        self._fds: dict[int, int | None] = {}
+        self._bytes: Counter[str] = Counter()
+        self._repaired: set[str] = set()
+        self.root, self.shards = self._open()
+        self._tables = {rank: chunks_of(shard) for rank, shard in self.shards.items()}
+        self._refs = {ref.rank: ref for ref in self.root.shards}
+        self.tensors: dict[str, TensorMeta] = {}
+        self._index: dict[str, list[tuple[int, int, Piece]]] = {}
+        for rank, shard in self.shards.items():
+            self.tensors.update(shard.tensors)
+            for number, piece in enumerate(shard.pieces):
+                self._index.setdefault(piece.fqn, []).append((rank, number, piece))
+        self.tree: Json | None = self.shards[0].tree
+        self.aliases: dict[str, str] = dict(self.shards[0].aliases)
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the local files; idempotent."""
+        with self._lock:
+            fds, self._fds = self._fds, {}
+        for fd in fds.values():
+            if fd is not None:
+                os.close(fd)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that saved."""
+        return self.root.summary.world_size
+
+    @property
+    def bytes_by_source(self) -> dict[str, int]:
+        """Plain bytes read so far from each source: ``local`` or a remote's name."""
+        with self._lock:
+            return dict(self._bytes)
+
+    @property
+    def repaired(self) -> tuple[str, ...]:
+        """Local shard files whose damaged bytes were replaced so far."""
+        with self._lock:
+            return tuple(sorted(self._repaired))
+
+    def pieces(self, fqn: str) -> list[tuple[int, int, Piece]]:
+        """Where this tensor's boxes lie: (rank, number of the piece in its shard, piece). Follows aliases.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        return list(self._index[self.aliases.get(fqn, fqn)])
+
+    def chunks(self, rank: int, piece_index: int) -> Sequence[Chunk]:
+        """The chunks of one piece, in order; their sizes are those of the buffers :meth:`read_chunk` wants."""
+        return self._tables[rank][piece_index]
+
+    def per_rank(self, rank: int) -> Json | None:
+        """The encoded tree of this rank's own values."""
+        shard = self.shards.get(rank)
+        return shard.per_rank if shard is not None else None
+
+    def read_chunk(self, rank: int, piece_index: int, chunk_index: int, out: memoryview) -> str:
+        """Exactly the plain bytes of one chunk into ``out``, verified. Blocks.
+
+        Args:
+            rank: Whose shard.
+            piece_index: Number of the piece in that shard.
+            chunk_index: Number of the chunk in that piece.
+            out: Writable, contiguous, of the chunk's size. After an error its content is undefined.
+
+        Returns:
+            The source: ``local`` or a remote's name.
+
+        Raises:
+            IntegrityError: no tier has a good copy; names the tensor.
+            TransientError: a tier that may have one can't be reached now.
+            StorageError: ... or refuses.
+        """
+        chunk = self._tables[rank][piece_index][chunk_index]
+        view = out.cast("B")
+        if view.nbytes != chunk.size_bytes:
+            raise ValueError(f"out has {view.nbytes} bytes, the chunk {chunk.size_bytes}")
+        failures = Failures()
+        if self._save is not None:
+            try:
+                self._read_local(rank, chunk, view)
+                return self._count(LOCAL, chunk)
+            except (OSError, IntegrityError) as error:
+                # A disk that fails is no reason to wait for it: another tier, or a verdict that names the errno.
+                failures.add(LOCAL, IntegrityError(str(error)))
+        source = self._chunks.read(self._refs[rank], chunk, view, failures)
+        if source is None:
+            fqn = self.shards[rank].pieces[piece_index].fqn
+            raise failures.error(
+                f"{fqn} (rank {rank}, step {self.root.summary.step})", key=fqn, rank=rank, step=self.root.summary.step
+            )
+        if self._save is not None:
+            self._repair(rank, chunk, view)
+        return self._count(source, chunk)
+
+    # --- manifests
+
+    def _open(self) -> tuple[RootManifest, dict[int, ShardManifest]]:
+        """The first root manifest that fits its shard manifests, wherever each of them comes from."""
+        failures = Failures()
+        for name, root in self._roots(failures):
+            try:
+                with ThreadPoolExecutor(_MANIFEST_READERS) as pool:
+                    shards = dict(
+                        zip([ref.rank for ref in root.shards], pool.map(self._shard, root.shards), strict=True)
+                    )
+                head = shards[0].summary
+                if head is None or root_from(head, root.shards) != root:
+                    raise IntegrityError(f"the root manifest on {name} does not follow from its shard manifests")
+                return root, shards
+            except (IntegrityError, FormatError, StorageError) as error:
+                failures.add(name, error)
+        step, save_id = self._summary.step, self._summary.save_id
+        raise failures.error(f"the manifests of step {step}, save {save_id}", step=step, run=self._summary.run)
+
+    def _roots(self, failures: Failures) -> Iterator[tuple[str, RootManifest]]:
+        if self._local is not None and self._save is not None and self._save.state == "complete":
+            try:
+                yield LOCAL, self._local.root_manifest(self._summary.run, self._save)
+            except CkptError as error:
+                failures.add(LOCAL, IntegrityError(error.message))
+        for remote in self._chunks.remotes:
+            try:
+                yield remote.name, remote.root_manifest(self._places[remote.name])
+            except (StorageError, FormatError, IntegrityError) as error:
+                failures.add(remote.name, error)
+
+    def _shard(self, ref: ShardRef) -> ShardManifest:
+        failures = Failures()
+        if self._local is not None and self._save is not None:
+            try:
+                return self._local.shard_manifest(self._save.path, ref)
+            except CkptError as error:
+                failures.add(LOCAL, IntegrityError(error.message))
+        shard = self._chunks.shard(ref, failures)
+        if shard is None:
+            raise failures.error(f"the shard manifest of rank {ref.rank}", rank=ref.rank, step=self._summary.step)
+        return shard
+
+    # --- local bytes
+
+    def _read_local(self, rank: int, chunk: Chunk, out: memoryview) -> None:
+        fd = self._fd(rank)
+        done = 0
+        while done < chunk.size_bytes:
+            count = os.preadv(fd, [out[done:]], chunk.offset + done)
+            if count == 0:
+                raise IntegrityError(f"{self.shards[rank].file} is too short")
+            done += count
+        if digest(out) != chunk.digest:
+            raise IntegrityError(f"{self.shards[rank].file} is damaged at byte {chunk.offset} or behind")
+
+    def _fd(self, rank: int) -> int:
+        assert self._save is not None
+        with self._lock:
+            fd = self._fds.get(rank)
+            if fd is None:
+                if rank in self._fds:
+                    raise FileNotFoundError(f"{self.shards[rank].file} is not here")
+                try:
+                    fd = self._fds[rank] = os.open(self._save.path / self.shards[rank].file, READ_FLAGS)
+                except FileNotFoundError:
+                    self._fds[rank] = None
+                    raise
+            return fd
+
+    def _repair(self, rank: int, chunk: Chunk, good: memoryview) -> None:
+        """Put verified bytes where damaged ones are; a file that is missing or short is left to a full restore.
+
+        A committed checkpoint is immutable; this makes it what it was. Failing is no failure of the read.
+        """
+        assert self._save is not None
+        shard = self.shards[rank]
+        try:
+            fd = os.open(self._save.path / shard.file, _WRITE_FLAGS)
+            try:
+                if os.fstat(fd).st_size != shard.file_bytes:
+                    return
+                done = 0
+                while done < chunk.size_bytes:
+                    done += os.pwrite(fd, good[done:], chunk.offset + done)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _log.warning("can't repair %s: %s", self._save.path / shard.file, error)
+            return
+        with self._lock:
+            self._repaired.add(shard.file)
+
+    def _count(self, source: str, chunk: Chunk) -> str:
+        with self._lock:
+            self._bytes[source] += chunk.size_bytes
+        return source

@@ -1,0 +1,470 @@
+"""One run in one object store: names, documents, and the commit.
+
+Below the store's prefix::
+
+    ckptstore.json                                               marker: what this is, and in which version
+    names/<run>                                                  empty: this run exists
+    runs/<run>/intents/<save_id>.json                            from before the first pack until after the commit
+    runs/<run>/packs/<save_id>/<rank>-<blake3 of the pack>.pack
+    runs/<run>/shards/<save_id>/shard-<rank>.json                RemoteShard: where each chunk of one rank lies
+    runs/<run>/summaries/<timeline>-<step>-<save_id>.json        what `list` shows
+    runs/<run>/commits/<timeline>-<step>-<save_id>.json          root manifest: THE commit point
+    runs/<run>/timelines/<number>.json
+    runs/<run>/pins/<save_id>
+
+Every document is created once, by conditional create, and never changed. A create that finds the name taken compares
+bytes: equal ones are our own request whose answer was lost, or a colleague's who computed the same pure function.
+Listings of ``commits/`` are the only catalogue. Names that don't follow this grammar are somebody else's and ignored.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from ckptstore.blob.base import BlobStore, Buffer, ObjectInfo
+from ckptstore.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    ConflictError,
+    CredentialsError,
+    FormatError,
+    IncompleteCheckpointError,
+    IntegrityError,
+    NoStoreError,
+    NotFoundError,
+)
+from ckptstore.format.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MAX_MANIFEST_BYTES,
+    MAX_SUMMARY_BYTES,
+    RUN_PATTERN,
+    SAVE_ID_PATTERN,
+    Document,
+    RemoteShard,
+    RootManifest,
+    ShardManifest,
+    ShardRef,
+    Summary,
+    canonical,
+    check_run_name,
+    root_of,
+    strong_digest,
+)
+from ckptstore.repo.names import check_save_id
+from ckptstore.repo.packs import check_remote_shard, pack_name
+
+MARKER = "ckptstore.json"
+
+#: Remote shard manifests remembered per remote; a node with 8 ranks needs 16 to know its last two saves.
+CACHED_SHARDS = 32
+
+_COMMIT = re.compile(rf"([0-9]{{8,}})-([0-9]{{12,}})-({SAVE_ID_PATTERN})\.json")
+_SHARD = re.compile(r"shard-([0-9]{5,6})\.json")
+
+
+class Marker(Document):
+    """What lies at the top of every store."""
+
+    format: str = FORMAT
+    version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, order=True)
+class RemoteSave:
+    """A committed save as its name in ``commits/`` tells it; sorts in the order of the run."""
+
+    timeline: int
+    step: int
+    save_id: str
+
+    @property
+    def name(self) -> str:
+        """``<timeline>-<step>-<save_id>.json``, fixed width, so that text sorts as the run does."""
+        return f"{self.timeline:08d}-{self.step:012d}-{self.save_id}.json"
+
+    @property
+    def key(self) -> str:
+        """Key of the root manifest below the run's prefix."""
+        return f"commits/{self.name}"
+
+    @classmethod
+    def parse(cls, name: str) -> RemoteSave | None:
+        """The save of this name, or None for any name this store would not have written."""
+        match = _COMMIT.fullmatch(name)
+        if match is None:
+            return None
+        save = cls(int(match.group(1)), int(match.group(2)), match.group(3))
+        return save if save.name == name else None
+
+    @classmethod
+    def of(cls, summary: Summary) -> RemoteSave:
+        """The save this summary is about."""
+        return cls(summary.timeline, summary.step, summary.save_id)
+
+
+def runs(blob: BlobStore) -> list[str]:
+    """Names of the runs in this store, sorted; one LIST.
+
+    Raises:
+        NoStoreError: the bucket is missing.
+    """
+    names = (info.key.removeprefix("names/") for info in blob.list("names/"))
+    return sorted(name for name in names if re.fullmatch(RUN_PATTERN, name))
+
+
+class RemoteTier:
+    """One run in one object store. Thread-safe. Opening costs no request.
+
+    Args:
+        blob: The store; retries and throttling are its wrappers' business.
+        run: The run; it need not exist yet.
+        name: What users call this remote.
+    """
+
+    def __init__(self, blob: BlobStore, run: str, name: str) -> None:
+        self.blob = blob
+        self.run = check_run_name(run)
+        self.name = name
+        self._prefix = f"runs/{run}/"
+        self._is_created = False
+        self._cache: dict[str, RemoteShard] = {}
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"RemoteTier({self.blob.url!r}, run={self.run!r}, name={self.name!r})"
+
+    # --- the store itself
+
+    def exists(self) -> bool:
+        """Whether a store is there (its marker is); one GET.
+
+        Raises:
+            NoStoreError: not even the bucket is there, which a mistyped URL is the likeliest reason for.
+            FormatError: the store is of a newer version, or the marker isn't ours.
+        """
+        try:
+            data = self.blob.get(MARKER, max_bytes=MAX_SUMMARY_BYTES)
+        except NoStoreError:
+            raise
+        except NotFoundError:
+            return False
+        Marker.decode(data, what=f"{MARKER} of {self.blob.url}", max_bytes=MAX_SUMMARY_BYTES)
+        return True
+
+    def create(self) -> None:
+        """Make sure the store and this run are there; free after the first time.
+
+        Raises:
+            FormatError: a newer ckptstore made this store; nothing was written.
+            NoStoreError: the bucket is missing; buckets are never created.
+        """
+        if self._is_created:
+            return
+        if not self.exists():
+            self._create_once(MARKER, Marker().encode())
+        self._create_once(f"names/{self.run}", b"")
+        self._is_created = True
+
+    # --- reading
+
+    def saves(self) -> list[RemoteSave]:
+        """Every committed save, oldest first; one LIST.
+
+        Raises:
+            NoStoreError: the bucket is missing. Any failure in mid-listing raises too: an error is never "no saves".
+        """
+        prefix = f"{self._prefix}commits/"
+        parsed = (RemoteSave.parse(info.key.removeprefix(prefix)) for info in self.blob.list(prefix))
+        return sorted(save for save in parsed if save is not None)
+
+    def summary(self, save: RemoteSave) -> Summary:
+        """What `list` shows of this save.
+
+        Raises:
+            CheckpointNotFoundError: neither the summary nor the root manifest is there.
+            FormatError: it is damaged or another save's.
+        """
+        try:
+            data = self._get(f"summaries/{save.name}", MAX_SUMMARY_BYTES)
+        except NoStoreError:
+            raise
+        except NotFoundError:
+            return self.root_manifest(save).summary
+        summary = Summary.decode(
+            data, what=f"summary of save {save.save_id} on {self.name}", max_bytes=MAX_SUMMARY_BYTES
+        )
+        self._check_identity(save, summary)
+        return summary
+
+    def root_manifest(self, save: RemoteSave) -> RootManifest:
+        """The root manifest of a committed save.
+
+        Raises:
+            CheckpointNotFoundError: no such commit.
+            FormatError: it is damaged or another save's.
+        """
+        what = f"root manifest of save {save.save_id} on {self.name}"
+        try:
+            data = self._get(save.key, MAX_MANIFEST_BYTES)
+        except NoStoreError:
+            raise
+        except NotFoundError as error:
+            raise CheckpointNotFoundError(
+                f"save {save.save_id} (step {save.step}) of run {self.run} is not on {self.name}",
+                run=self.run,
+                step=save.step,
+                tier=self.name,
+            ) from error
+        root = RootManifest.decode(data, what=what)
+        self._check_identity(save, root.summary)
+        if [ref.rank for ref in root.shards] != list(range(root.summary.world_size)):
+            raise FormatError(f"{what} is damaged: ranks are missing", tier=self.name, step=save.step)
+        return root
+
+    def remote_shard(self, save_id: str, ref: ShardRef) -> RemoteShard:
+        """Where rank ``ref.rank``'s chunks lie, its shard manifest being the one the root manifest pins.
+
+        Raises:
+            NotFoundError: it is gone.
+            FormatError: it is damaged.
+            IntegrityError: it is not the one that was committed.
+        """
+        document = self._decode_shard(self._get(_shard_key(save_id, ref.rank), MAX_MANIFEST_BYTES), save_id, ref.rank)
+        if strong_digest(document.shard.encode()) != ref.manifest_digest:
+            raise IntegrityError(
+                f"the shard manifest of rank {ref.rank}, save {save_id}, on {self.name} is not the committed one",
+                rank=ref.rank,
+                tier=self.name,
+            )
+        return document
+
+    def cached_shard(self, save_id: str, ref: ShardRef) -> RemoteShard:
+        """As :meth:`remote_shard`, remembering the newest few: the next push asks for what this one sent."""
+        with self._lock:
+            document = self._cache.get(ref.manifest_digest)
+        if document is None:
+            document = self.remote_shard(save_id, ref)
+            self.remember_shard(document, ref.manifest_digest)
+        return document
+
+    def remember_shard(self, document: RemoteShard, manifest_digest: str) -> None:
+        """Keep this document for :meth:`cached_shard`; it counts only once a root manifest pins its digest."""
+        with self._lock:
+            self._cache[manifest_digest] = document
+            while len(self._cache) > CACHED_SHARDS:
+                del self._cache[next(iter(self._cache))]
+
+    def find_shard(self, save_id: str, rank: int) -> RemoteShard | None:
+        """The remote shard manifest of this rank, committed or not; None when it is proven absent."""
+        try:
+            data = self._get(_shard_key(save_id, rank), MAX_MANIFEST_BYTES)
+        except NoStoreError:
+            raise
+        except NotFoundError:
+            return None
+        return self._decode_shard(data, save_id, rank)
+
+    def get_range(self, pack: str, start: int, length: int) -> bytes:
+        """Exactly ``length`` bytes of a pack."""
+        return self.blob.get(self._prefix + pack, start=start, length=length)
+
+    def head_pack(self, pack: str) -> ObjectInfo | None:
+        """What the store knows of a pack; None when it is proven absent."""
+        return self.blob.head(self._prefix + pack)
+
+    # --- writing, in this order
+
+    def put_intent(self, save_id: str) -> bool:
+        """Announce a save before its first pack, so that gc leaves it alone; whether we are the first to do so."""
+        body = canonical({"format": FORMAT, "version": FORMAT_VERSION, "save_id": save_id})
+        try:
+            self.blob.put(f"{self._prefix}intents/{save_id}.json", body, if_absent=True)
+        except CheckpointExistsError:
+            return False
+        return True
+
+    def put_pack(
+        self, save_id: str, rank: int, data: Buffer, *, look_first: bool, distrust: Collection[str] = ()
+    ) -> tuple[str, int]:
+        """Send one pack, named by its content, unless it is there.
+
+        Args:
+            save_id: The save that sends it.
+            rank: The rank whose chunks it holds.
+            data: The frames, back to back.
+            look_first: Ask before sending: an earlier attempt may have sent it.
+            distrust: Keys of packs known to be damaged, which are replaced.
+
+        Returns:
+            Its key below the run's prefix, and the bytes sent (0 when it was there).
+        """
+        name = pack_name(save_id, rank, blake3(data).hexdigest())
+        key = self._prefix + name
+        size_bytes = memoryview(data).nbytes
+        if name in distrust:
+            self.blob.put(key, data)
+            return name, size_bytes
+        if look_first:
+            info = self.blob.head(key)
+            if info is not None and info.size_bytes == size_bytes:
+                return name, 0
+        try:
+            self.blob.put(key, data, if_absent=True)
+        except CheckpointExistsError:
+            info = self.blob.head(key)
+            if info is None or info.size_bytes != size_bytes:  # cut off by a server that stored what it got
+                self.blob.put(key, data)
+        return name, size_bytes
+
+    def put_shard(self, document: RemoteShard, *, replace: bool = False) -> RemoteShard:
+        """Say where one rank's chunks lie, once all its packs are there.
+
+        Args:
+            document: Where.
+            replace: The document under this name is damaged, or points at packs that are: put this one in its place.
+                Its ``shard`` is what the root manifest pins, so a committed save stays what it is.
+
+        Returns:
+            The document that counts: this one, or that of an earlier attempt at the same shard, which may have cut its
+            packs differently.
+
+        Raises:
+            ConflictError: the name is taken by another shard.
+        """
+        save_id, rank = document.shard.save_id, document.shard.rank
+        if replace:
+            self.blob.put(self._prefix + _shard_key(save_id, rank), document.encode())
+            return document
+        try:
+            self.blob.put(self._prefix + _shard_key(save_id, rank), document.encode(), if_absent=True)
+        except CheckpointExistsError:
+            earlier = self.find_shard(save_id, rank)
+            if earlier is None or earlier.shard != document.shard:
+                raise ConflictError(
+                    f"{self.name} holds another shard manifest of rank {rank} for save {save_id}",
+                    rank=rank,
+                    tier=self.name,
+                ) from None
+            return earlier
+        return document
+
+    def try_commit(self, save_id: str, known: Iterable[ShardManifest] = ()) -> RootManifest | None:
+        """Commit the save if the shard manifests of all its ranks are here; one LIST, of this save's shards.
+
+        Whoever finds them complete commits, and all who do write the same bytes.
+
+        Args:
+            save_id: The save.
+            known: Shard manifests the caller has put itself; they are not read again.
+
+        Returns:
+            The committed root manifest, or None while ranks are missing.
+
+        Raises:
+            ConflictError: another root manifest was committed under this name.
+        """
+        prefix = f"{self._prefix}shards/{save_id}/"
+        matches = (_SHARD.fullmatch(info.key.removeprefix(prefix)) for info in self.blob.list(prefix))
+        listed = {int(match.group(1)) for match in matches if match is not None}
+        shards = {shard.rank: shard for shard in known if shard.rank in listed}
+        for rank in sorted(listed - set(shards)):
+            if shards and len(listed) < next(iter(shards.values())).world_size:
+                return None
+            document = self.find_shard(save_id, rank)
+            if document is not None:
+                shards[rank] = document.shard
+        if not shards or len(shards) < next(iter(shards.values())).world_size:
+            return None
+        root = self._root_of(save_id, shards)
+        save = RemoteSave.of(root.summary)
+        self._create_once(f"{self._prefix}summaries/{save.name}", root.summary.encode())
+        self._create_once(self._prefix + save.key, root.encode())
+        self.forget_intent(save_id)
+        return root
+
+    def forget_intent(self, save_id: str) -> None:
+        """Take the intent back, after the commit. Without the right to delete it stays, which costs a small object."""
+        try:
+            self.blob.delete([f"{self._prefix}intents/{save_id}.json"])
+        except CredentialsError:
+            return
+
+    # --- timelines and pins
+
+    def claim_timeline(self, number: int, record: bytes) -> bool:
+        """Take this timeline number; False when somebody else has it."""
+        self.create()
+        try:
+            self._create_once(f"{self._prefix}timelines/{number:08d}.json", record)
+        except ConflictError:
+            return False
+        return True
+
+    def timelines(self) -> list[int]:
+        """Numbers taken so far, ascending; one LIST."""
+        prefix = f"{self._prefix}timelines/"
+        matches = (re.fullmatch(r"([0-9]{8})\.json", i.key.removeprefix(prefix)) for i in self.blob.list(prefix))
+        return sorted(int(match.group(1)) for match in matches if match is not None)
+
+    def pin(self, save_id: str) -> None:
+        """Keep this save from retention; idempotent."""
+        self._create_once(f"{self._prefix}pins/{check_save_id(save_id)}", b"")
+
+    def unpin(self, save_id: str) -> None:
+        """Undo :meth:`pin`; idempotent."""
+        self.blob.delete([f"{self._prefix}pins/{check_save_id(save_id)}"])
+
+    def pins(self) -> set[str]:
+        """Pinned saves; one LIST."""
+        prefix = f"{self._prefix}pins/"
+        names = (info.key.removeprefix(prefix) for info in self.blob.list(prefix))
+        return {name for name in names if re.fullmatch(SAVE_ID_PATTERN, name)}
+
+    # --- inside
+
+    def _get(self, name: str, max_bytes: int) -> bytes:
+        return self.blob.get(self._prefix + name, max_bytes=max_bytes)
+
+    def _create_once(self, key: str, data: bytes) -> None:
+        """Create, or find exactly these bytes there: the answer to our own request may have been lost."""
+        try:
+            self.blob.put(key, data, if_absent=True)
+        except CheckpointExistsError:
+            if self.blob.get(key, max_bytes=MAX_MANIFEST_BYTES) != data:
+                raise ConflictError(
+                    f"{key} on {self.name} holds other bytes than ours", tier=self.name, key=key
+                ) from None
+
+    def _decode_shard(self, data: bytes, save_id: str, rank: int) -> RemoteShard:
+        document = RemoteShard.decode(data, what=f"shard manifest of rank {rank}, save {save_id}, on {self.name}")
+        if (document.shard.save_id, document.shard.rank) != (save_id, rank):
+            raise FormatError(f"the shard manifest of rank {rank}, save {save_id}, on {self.name} is another one's")
+        check_remote_shard(document)
+        return document
+
+    def _root_of(self, save_id: str, shards: Mapping[int, ShardManifest]) -> RootManifest:
+        try:
+            root = root_of(list(shards.values()))
+        except IncompleteCheckpointError as error:
+            raise FormatError(f"save {save_id} on {self.name}: {error.message}", tier=self.name) from error
+        if root.summary.run != self.run:
+            raise FormatError(f"save {save_id} is of run {root.summary.run}, not of {self.run}", tier=self.name)
+        return root
+
+    def _check_identity(self, save: RemoteSave, summary: Summary) -> None:
+        if RemoteSave.of(summary) != save or summary.run != self.run:
+            raise FormatError(
+                f"{save.name} on {self.name} is about save {summary.save_id}, step {summary.step} of run {summary.run}",
+                tier=self.name,
+                step=save.step,
+            )
+
+
+def _shard_key(save_id: str, rank: int) -> str:
+    return f"shards/{save_id}/shard-{rank:05d}.json"

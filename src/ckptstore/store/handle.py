@@ -1,0 +1,170 @@
+"""One save on its way through the levels."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+
+from ckptstore.errors import CkptError, ConfigError, SaveFailedError, SaveTimeoutError
+from ckptstore.types import CheckpointInfo, Level, TierState
+
+log = logging.getLogger("ckptstore")
+
+
+class SaveHandle:
+    """A save in progress: ``staged``, ``local`` and ``remote`` resolve when **every** rank's part has that level.
+
+    Safe to share between threads. Dropping it is fine: the save goes on, and a failure is still raised by
+    ``store.wait`` and ``store.close``.
+
+    Attributes:
+        step: the step that was saved.
+        save_id: its unique id.
+        remotes: remote's name -> future of that remote.
+    """
+
+    def __init__(self, info: CheckpointInfo, remotes: Iterable[str], quorum: int | None) -> None:
+        self._info = info
+        self._lock = threading.RLock()  # done-callbacks of users run while it is held
+        self._tiers: dict[str, TierState] = {}
+        self._futures: dict[str, Future[CheckpointInfo]] = {"staged": Future(), "local": Future(), "remote": Future()}
+        self.remotes: Mapping[str, Future[CheckpointInfo]] = {name: Future() for name in remotes}
+        self._quorum = len(self.remotes) if quorum is None else min(quorum, len(self.remotes))
+
+    def __repr__(self) -> str:
+        return f"SaveHandle(step={self.step}, save_id={self.save_id!r}, reached={self.level!r})"
+
+    @property
+    def step(self) -> int:
+        return self._info.step
+
+    @property
+    def save_id(self) -> str:
+        return self._info.save_id
+
+    @property
+    def level(self) -> Level | None:
+        """The highest level reached so far."""
+        reached: Level | None = None
+        for level in ("staged", "local", "remote"):
+            future = self._futures[level]
+            if future.done() and future.exception() is None:
+                reached = level
+        return reached
+
+    @property
+    def staged(self) -> Future[CheckpointInfo]:
+        """Every rank's part is sealed in memory the agents own: survives the death of any trainer process."""
+        return self._futures["staged"]
+
+    @property
+    def local(self) -> Future[CheckpointInfo]:
+        """Every rank's part is fsynced and the save is committed: survives a power cut."""
+        return self._futures["local"]
+
+    @property
+    def remote(self) -> Future[CheckpointInfo]:
+        """The configured number of remotes hold the save: survives the loss of machine and disk.
+
+        Raises:
+            ConfigError: the store has no remote.
+        """
+        self.check_level("remote")
+        return self._futures["remote"]
+
+    def check_level(self, level: str) -> None:
+        """Raise ConfigError unless this store can reach ``level``."""
+        if level not in self._futures:
+            raise ConfigError(f"no such level: {level!r}", hint="use 'staged', 'local' or 'remote'")
+        if level == "remote" and not self.remotes:
+            raise ConfigError(
+                "level 'remote' can't be reached: this store has no remote",
+                hint="open it with CheckpointStore(local, remote='s3://bucket/prefix')",
+            )
+
+    def done(self, level: str) -> bool:
+        """Whether ``level`` was reached or has failed."""
+        return self._futures[level].done()
+
+    def wait(self, level: str = "local", timeout_s: float | None = None) -> CheckpointInfo:
+        """Block until ``level`` is reached.
+
+        Raises:
+            SaveFailedError: the save failed.
+            SaveTimeoutError: not reached in ``timeout_s`` seconds; the save goes on.
+            ConfigError: a level this store doesn't have.
+        """
+        self.check_level(level)
+        try:
+            return self._futures[level].result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            raise SaveTimeoutError(
+                f"step {self.step} (save {self.save_id}) did not reach '{level}' within {timeout_s} s",
+                hint="the save goes on; wait again, or run `ckptctl push` later",
+                step=self.step,
+                save_id=self.save_id,
+            ) from None
+
+    # Called by the store as word arrives; each is idempotent.
+
+    def reach(self, level: Level, tier: str | None = None, **facts: object) -> None:
+        """Resolve ``level``; for a remote, ``tier`` names it. ``facts`` update the info."""
+        with self._lock:
+            if facts:
+                self._info = replace(self._info, **facts)  # type: ignore[arg-type]
+            if level == "local":
+                self._tiers["local"] = "complete"
+                # A commit implies that every part was sealed, whether or not that word arrived first.
+                self._resolve(self._futures["staged"])
+            elif level == "remote" and tier is not None:
+                self._tiers[tier] = "complete"
+                if tier in self.remotes:
+                    self._resolve(self.remotes[tier])
+                if sum(t != "local" for t in self._tiers) < self._quorum:
+                    return
+            self._resolve(self._futures[level])
+
+    def fail(self, error: CkptError, level: Level = "staged", tier: str | None = None) -> bool:
+        """Fail ``level`` and everything above it; returns whether that was news."""
+        failure = error
+        if not isinstance(error, SaveFailedError):
+            failure = SaveFailedError(
+                f"saving step {self.step} failed: {error.message}",
+                hint=error.hint,
+                **{**error.context, "step": self.step, "save_id": self.save_id, "error": type(error).__name__},
+            )
+            failure.__cause__ = error
+        news = False
+        with self._lock:
+            if tier is not None and tier in self.remotes and not self.remotes[tier].done():
+                self.remotes[tier].set_exception(failure)
+                news = True
+                failed = sum(f.done() and f.exception() is not None for f in self.remotes.values())
+                if len(self.remotes) - failed >= self._quorum:
+                    return news
+            for name in ("staged", "local", "remote")[("staged", "local", "remote").index(level) :]:
+                if not self._futures[name].done():
+                    self._futures[name].set_exception(failure)
+                    news = True
+            if level != "remote":
+                for future in self.remotes.values():
+                    if not future.done():
+                        future.set_exception(failure)
+        if news:
+            log.error("%s", failure)
+        return news
+
+    def failure(self) -> SaveFailedError | None:
+        """The error of the lowest level that failed, if any did."""
+        for future in self._futures.values():
+            if future.done() and (error := future.exception()) is not None:
+                return error if isinstance(error, SaveFailedError) else None
+        return None
+
+    def _resolve(self, future: Future[CheckpointInfo]) -> None:
+        if not future.done():
+            future.set_result(replace(self._info, tiers=dict(self._tiers)))

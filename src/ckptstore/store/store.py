@@ -1,0 +1,453 @@
+"""The store a training script holds."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptstore.config import StoreConfig
+from ckptstore.errors import (
+    CheckpointNotFoundError,
+    CkptError,
+    ConfigError,
+    NoStoreError,
+    SaveFailedError,
+    SaveTimeoutError,
+    TransientError,
+)
+from ckptstore.format.manifest import Parent, check_run_name
+from ckptstore.repo.local import LocalTier
+from ckptstore.repo.remote import RemoteTier
+from ckptstore.store.handle import SaveHandle
+from ckptstore.store.loading import Tiers, choose, roll_forward
+from ckptstore.store.loading import load as load_save
+from ckptstore.store.timeline import TimelineKeeper
+from ckptstore.types import CheckpointInfo, StepLike
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from ckptstore.dcp.agreement import Agreement
+    from ckptstore.repo.catalog import Catalog, Record
+    from ckptstore.store.session import Session
+
+log = logging.getLogger("ckptstore")
+
+RemoteArgument = str | Sequence[str] | Mapping[str, str] | None
+
+
+class CheckpointStore:
+    """Keeps training state safe: on the local disk at once, in buckets soon after.
+
+    Opening is free: no lock, agent, network or process group until the first save or load. Safe to share between
+    threads; the order of collective calls is yours. A forked child does nothing by itself. Pickles as its arguments.
+
+    Args:
+        local: Root of the local tier, one per node. None: read-only from the remote, without an agent.
+        remote: URL, several URLs, or name -> URL: ``s3://bucket/prefix?endpoint=http://..&region=..``, ``oss://..``,
+            ``file:///abs``, ``mem://name``. Credentials are never part of a URL.
+        run: Names what outlives jobs. Never a torchrun or scheduler id: those are fresh at each start.
+        config: Settings; rank 0's are used by all ranks.
+        process_group: Ranks that save and load together; None: all of them, or this process alone.
+
+    Raises:
+        ConfigError: a run name, URL or combination that can't be right.
+    """
+
+    def __init__(
+        self,
+        local: str | os.PathLike[str] | None,
+        remote: RemoteArgument = None,
+        *,
+        run: str | None = None,
+        config: StoreConfig | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        self.local = Path(local).absolute() if local is not None else None
+        self.remotes = name_remotes(remote)
+        self.run = check_run_name(run if run is not None else "default")
+        self.config = config if config is not None else StoreConfig()
+        if self.local is None and not self.remotes:
+            raise ConfigError("a store needs a local root or a remote", hint="CheckpointStore('/data/ckpt')")
+        if self.config.remote_quorum is not None and self.config.remote_quorum > len(self.remotes):
+            raise ConfigError(
+                f"remote_quorum={self.config.remote_quorum} but the store has {len(self.remotes)} remotes",
+                hint="lower StoreConfig.remote_quorum or add remotes",
+            )
+        self._group = process_group
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._session: Session | None = None
+        self._agreement: Agreement | None = None
+        self._tiers: Tiers | None = None
+        self._closed = False
+        self._timeline = TimelineKeeper(lambda: self._open_tiers().catalog())
+
+    def __repr__(self) -> str:
+        return (
+            f"CheckpointStore({str(self.local) if self.local else None!r}, remote={self.remotes!r}, run={self.run!r})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(CheckpointStore, run=self.run, config=self.config), (
+            str(self.local) if self.local else None,
+            self.remotes or None,
+        )
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except (CkptError, KeyboardInterrupt) as failure:
+            if error is None:
+                raise
+            log.error("closing the store failed: %s", failure)
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        step: int,
+        *,
+        epoch: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        emergency: bool = False,
+        wait: str | None = None,
+    ) -> SaveHandle:
+        """Save the state as it is now; returns once this rank's part is sealed in the agent's memory.
+
+        Collective: every rank calls it in the same order. The training state is read, never changed: no optimizer
+        step, no hook.
+
+        Args:
+            state: Nested mapping of modules, optimizers, schedulers, anything with state_dict, tensors, plain Python
+                values, NumPy.
+            step: Optimizer steps done.
+            epoch: Kept with the checkpoint.
+            metrics: Name -> one number; rank 0's are kept.
+            tags: Free words, kept with the checkpoint.
+            emergency: Marks a save made because the job is ending.
+            wait: None, or block until "staged", "local" or "remote".
+
+        Raises:
+            StateError: something can't be stored; names the key, on all ranks, before anything is written.
+            SaveFailedError: a peer was lost, or an earlier save failed and ``on_failure="raise"``.
+            ConfigError: the store is read-only or closed, or ``wait`` names a level it doesn't have.
+        """
+        with self._lock:
+            self._check_open()
+            if self.local is None:
+                raise ConfigError(
+                    "this store is read-only: it was opened without a local root",
+                    hint="CheckpointStore('/data/ckpt', remote=...)",
+                )
+            if wait is not None:
+                _check_level(wait, self.remotes)
+            session = self._open_session(self.local)
+            handle = session.save(state, step, epoch=epoch, metrics=metrics, tags=tags, emergency=emergency)
+        if wait is not None:
+            handle.wait(wait)
+        return handle
+
+    def wait(self, level: str | None = None, timeout_s: float | None = None) -> None:
+        """Block until every save of this store has ``level``; None: the highest configured one. Local.
+
+        Raises:
+            SaveFailedError: one of them failed (each failure is raised once).
+            SaveTimeoutError: not there in ``timeout_s`` seconds.
+        """
+        level = level or ("remote" if self.remotes else "local")
+        _check_level(level, self.remotes)
+        session = self._session
+        if session is None:
+            return
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        failure: SaveFailedError | None = None
+        for handle in list(session.handles.values()):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                session.follow(handle, level, left)
+            except SaveFailedError as error:
+                failure = failure or error
+                session.handles.pop(handle.save_id, None)
+        if failure is not None:
+            raise failure
+
+    def close(self, timeout_s: float = 600) -> None:
+        """Wait for the highest level and detach; idempotent. Local: the ranks need not call it together.
+
+        Raises:
+            SaveFailedError: a save failed.
+            SaveTimeoutError: uploads are not finished; the agent goes on, ``ckptctl push`` completes them.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        session = self._session
+        try:
+            if session is not None:
+                self.wait(timeout_s=timeout_s)
+        except SaveTimeoutError as error:
+            where = f"ckptctl push {self.local}"
+            raise SaveTimeoutError(
+                f"uploads were not finished after {timeout_s:.0f} s: {error.message}",
+                hint=f"the agent goes on; to finish later run `{where}`",
+                run=self.run,
+            ) from None
+        finally:
+            if session is not None:
+                session.close()
+            if self._tiers is not None:
+                for remote in self._tiers.remotes:
+                    remote.blob.close()
+            self._session = self._tiers = None
+
+    # -- loading --------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        state: Mapping[str, Any],
+        step: StepLike = "latest",
+        *,
+        only: Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
+        strict: bool = True,
+        missing_ok: bool = False,
+    ) -> CheckpointInfo | None:
+        """Fill ``state`` in place. Collective. Every byte is verified before this returns.
+
+        Modules, optimizers, schedulers and tensors keep their storages; any other leaf is replaced in its nearest
+        mutable container. Top-level keys that ``state`` doesn't name are not read. Each byte comes from the nearest
+        copy that verifies; damaged local bytes are replaced from a remote.
+
+        Args:
+            state: What to fill, shaped as it was saved.
+            step: An int, "latest", "latest~2", "best" or a save_id.
+            only: Patterns of names to load (``model.*``); empty: all.
+            rename: Stored prefix -> target prefix.
+            strict: Missing, unexpected and differently typed names are errors.
+            missing_ok: Return None when the run is empty.
+
+        Raises:
+            CheckpointNotFoundError: the run is empty or has no such checkpoint.
+            LoadMismatchError: the target doesn't fit; nothing was changed.
+            IntegrityError: damaged everywhere; names the parameter.
+        """
+        with self._lock:
+            self._check_open()
+            agreement = self._open_agreement()
+            self._settle(agreement)
+            tiers = self._open_tiers()
+            roll_forward(tiers, agreement)
+            loaded = load_save(
+                tiers,
+                agreement,
+                state,
+                step,
+                only=only,
+                rename=rename,
+                strict=strict,
+                missing_ok=missing_ok,
+            )
+            if loaded is None:
+                return None
+            info, record = loaded
+            summary = record.summary
+            self._timeline.resumed(Parent(save_id=summary.save_id, timeline=summary.timeline, step=summary.step))
+            return info
+
+    def read(self, step: StepLike = "latest", *, only: Sequence[str] = ()) -> Any:
+        """The stored state without a target: nested containers of CPU tensors. Local.
+
+        Each module comes as one flat dict of names, without wrapper prefixes.
+
+        Raises:
+            CheckpointNotFoundError, IntegrityError: as for ``load``.
+        """
+        from ckptstore.dcp.loader import read_state
+
+        _, reader, _ = choose(self._open_tiers(), step)
+        return read_state(reader, only=only)
+
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    def checkpoints(self, *, include_superseded: bool = False) -> list[CheckpointInfo]:
+        """The checkpoints of this run, oldest first. Local; needs no torch. An absent store or run is []."""
+        try:
+            catalog = self._open_tiers().catalog()
+        except NoStoreError as error:
+            if "bucket" in error.context:
+                raise
+            return []
+        records = catalog.records if include_superseded else catalog.line()
+        return [record.info() for record in records]
+
+    def latest(self) -> CheckpointInfo | None:
+        """The newest checkpoint of the current line, or None. Local."""
+        infos = self.checkpoints()
+        return infos[-1] if infos else None
+
+    def best(self, monitor: str | None = None, mode: str | None = None) -> CheckpointInfo | None:
+        """The checkpoint with the lowest metric ``monitor`` (the highest with ``mode="max"``), or None. Local.
+
+        Args:
+            monitor: Name of a metric; None: the one metric of the run whose name ends in "loss".
+            mode: "min" (default) or "max".
+
+        Raises:
+            ConfigError: no or several metrics end in "loss" and none was named.
+        """
+        catalog = self._open_tiers().catalog()
+        record = catalog.best(monitor or _only_loss(catalog), mode or "min") if catalog.line() else None
+        return record.info() if record else None
+
+    def pin(self, step: StepLike) -> None:
+        """Keep this checkpoint whatever retention says. Local."""
+        self._each_tier(step, "pin")
+
+    def unpin(self, step: StepLike) -> None:
+        """Undo :meth:`pin`. Local."""
+        self._each_tier(step, "unpin")
+
+    def delete(self, step: StepLike) -> None:
+        """Remove one checkpoint from every tier, manifest first. Local.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+            ConfigError: it is pinned.
+        """
+        record = self._open_tiers().catalog().resolve(step)
+        if record.pinned:
+            raise ConfigError(f"step {record.summary.step} is pinned", hint="unpin it first")
+        self._each_tier(record.summary.save_id, "delete")
+
+    # -- inner ----------------------------------------------------------------------------------------------------
+
+    def _each_tier(self, step: StepLike, action: str) -> None:
+        tiers = self._open_tiers()
+        record: Record = tiers.catalog().resolve(step)
+        save_id = record.summary.save_id
+        if tiers.local is not None and record.local is not None:
+            getattr(tiers.local, action)(self.run, save_id)
+        for remote in tiers.remotes:
+            if remote.name in record.remote:
+                getattr(remote, action)(record.remote[remote.name])
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this store is closed", hint="open a new CheckpointStore")
+        if os.getpid() != self._pid:
+            raise ConfigError("this process was forked from the one that opened the store", hint="open it here")
+
+    def _open_tiers(self) -> Tiers:
+        with self._lock:
+            if self._tiers is None:
+                from ckptstore.blob import open_blob_store
+
+                remotes = tuple(RemoteTier(open_blob_store(url), self.run, name) for name, url in self.remotes.items())
+                self._tiers = Tiers(self.run, LocalTier(self.local) if self.local else None, remotes)
+            return self._tiers
+
+    def _open_agreement(self) -> Agreement:
+        if self._session is not None:
+            return self._session.agreement
+        if self._agreement is None:
+            from ckptstore.dcp.agreement import Agreement
+
+            self._agreement = Agreement(self._group, deadline_s=self.config.deadline_s)
+        return self._agreement
+
+    def _open_session(self, root: Path) -> Session:
+        if self._session is None:
+            from ckptstore.store.session import Session
+
+            self._session = Session(
+                root,
+                run=self.run,
+                remotes=self.remotes,
+                config=self.config,
+                agreement=self._open_agreement(),
+                timeline=self._timeline,
+                committed=self._committed,
+            )
+        return self._session
+
+    def _committed(self) -> dict[str, set[str]]:
+        """Remote's name -> the saves it holds, as far as it can be asked now."""
+        found: dict[str, set[str]] = {}
+        for remote in self._open_tiers().remotes:
+            try:
+                found[remote.name] = {save.save_id for save in remote.saves()}
+            except (TransientError, NoStoreError) as error:
+                log.debug("remote %s not asked: %s", remote.name, error)
+        return found
+
+    def _settle(self, agreement: Agreement) -> None:
+        """Collective. Let a running agent put on disk what earlier trainers have sealed, before anyone looks."""
+        if self.local is not None:
+            from ckptstore.agent.client import AgentClient
+
+            try:
+                observer = AgentClient.observe(self.local)
+                if observer is not None:
+                    observer.settle(self.run, timeout_s=self.config.deadline_s)
+                    observer.close()
+            except (TransientError, SaveTimeoutError) as error:
+                log.warning("the node agent is still writing earlier saves: %s", error)
+        agreement.together(None, what="waiting for earlier saves")
+
+
+def _only_loss(catalog: Catalog) -> str:
+    names = {name for record in catalog.line() for name in record.summary.metrics}
+    losses = sorted(name for name in names if name.endswith("loss"))
+    if len(losses) != 1:
+        raise ConfigError(
+            f"which metric is best? {len(losses)} of them end in 'loss'", hint=f"pass monitor=, one of {sorted(names)}"
+        )
+    return losses[0]
+
+
+def name_remotes(remote: RemoteArgument) -> dict[str, str]:
+    """Remote's name -> URL; an unnamed remote is named by its scheme, a second of the same scheme gets ``-2``.
+
+    Raises:
+        ConfigError: an unknown scheme or a malformed URL.
+    """
+    from ckptstore.blob import open_blob_store
+
+    if remote is None:
+        return {}
+    if isinstance(remote, Mapping):
+        named = {str(name): str(url) for name, url in remote.items()}
+    else:
+        named = {}
+        for url in [remote] if isinstance(remote, str) else remote:
+            scheme = str(url).partition("://")[0]
+            count = 1 + sum(name == scheme or name.startswith(f"{scheme}-") for name in named)
+            named[scheme if count == 1 else f"{scheme}-{count}"] = str(url)
+    for name, url in named.items():
+        check_run_name(name)
+        open_blob_store(url)  # free and local; refuses what can't be a URL
+        if name == "local":
+            raise ConfigError("a remote can't be named 'local'", hint="that is the local tier's name")
+    return named
+
+
+def _check_level(level: str, remotes: Mapping[str, str]) -> None:
+    if level not in ("staged", "local", "remote"):
+        raise ConfigError(f"no such level: {level!r}", hint="use 'staged', 'local' or 'remote'")
+    if level == "remote" and not remotes:
+        raise ConfigError("level 'remote' can't be reached: this store has no remote", hint="pass remote=")
+
+
+__all__ = ["CheckpointNotFoundError", "CheckpointStore", "name_remotes"]

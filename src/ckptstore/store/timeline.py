@@ -1,0 +1,65 @@
+"""Which line of the run a save belongs to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Protocol
+
+from ckptstore.format.manifest import Parent
+from ckptstore.repo.catalog import Catalog
+
+
+class TimelineClaimer(Protocol):
+    """What claiming needs of an agent client."""
+
+    def claim_timeline(self, at_least: int, record: bytes) -> int: ...
+
+
+class TimelineKeeper:
+    """The timeline of this process's saves; lives on rank 0.
+
+    A timeline is claimed at the first save, and again when a save would not come after the last one: the same step
+    again, an earlier step, or a save after a load.
+    """
+
+    def __init__(self, catalog: Callable[[], Catalog]) -> None:
+        self._catalog = catalog
+        self._number: int | None = None
+        self._parent: Parent | None = None
+        self._saves: list[Parent] = []
+        self._resumed: Parent | None = None
+        self._fresh = False
+
+    def resumed(self, parent: Parent) -> None:
+        """The state now is that of ``parent``: the next save starts a timeline that continues from it."""
+        self._number, self._resumed, self._fresh, self._saves = None, parent, False, []
+
+    def fresh(self) -> None:
+        """The next save starts a timeline that continues from nothing."""
+        self._number, self._resumed, self._fresh, self._saves = None, None, True, []
+
+    def at(self, step: int, claimer: TimelineClaimer, *, job: str) -> tuple[int, Parent | None]:
+        """The timeline for a save of ``step``, claimed if it must be new, and the save it continues from."""
+        if self._number is None or (self._saves and step <= self._saves[-1].step):
+            catalog = self._catalog()
+            self._parent = self._parent_for(step, catalog)
+            record = {"job": job, "step": step, "parent": self._parent.model_dump() if self._parent else None}
+            highest = max(catalog.next_timeline(), (self._number or 0) + 1)
+            self._number = claimer.claim_timeline(highest, json.dumps(record, sort_keys=True).encode())
+            self._resumed, self._fresh, self._saves = None, False, []
+        return self._number, self._parent
+
+    def note(self, save: Parent) -> None:
+        """This save was agreed on."""
+        self._saves.append(save)
+        del self._saves[:-64]
+
+    def _parent_for(self, step: int, catalog: Catalog) -> Parent | None:
+        if self._fresh:
+            return None
+        if self._resumed is not None:
+            return self._resumed
+        # Saves of our own that are still on their way are not in the catalogue yet.
+        own = [save for save in self._saves if save.step < step]
+        return own[-1] if own else catalog.parent_for(step)

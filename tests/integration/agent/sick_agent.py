@@ -1,0 +1,35 @@
+"""An agent in the foreground whose disk is slow or fails: the writer's block seam is replaced, all else is real.
+
+Usage: sick_agent.py slow SECONDS | fail ERRNO COUNT ... then the agent's own arguments after ``--``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from ckptstore.agent import writer
+from ckptstore.agent.__main__ import main
+
+genuine = writer.write_block
+
+
+def install(kind: str, *values: str) -> None:
+    left = [int(values[1]) if kind == "fail" else 0]
+
+    def write_block(fd: int, block: memoryview, offset: int) -> int:
+        if kind == "slow":
+            time.sleep(float(values[0]))
+        elif left[0] > 0:
+            left[0] -= 1
+            raise OSError(int(values[0]), os.strerror(int(values[0])))
+        return genuine(fd, block, offset)
+
+    writer.write_block = write_block
+
+
+if __name__ == "__main__":
+    split = sys.argv.index("--")
+    install(*sys.argv[1:split])
+    sys.exit(main(sys.argv[split + 1 :]))
