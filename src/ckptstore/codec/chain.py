@@ -20,7 +20,7 @@ _DELTA_MARGIN = 0.04
 #: Numbers may repeat as whole words (masks, tables, tiled rows), which planes hide: zstd is tried too when planes
 #: would store less than this, or when fewer of the sampled words than that are distinct.
 _REDUNDANT = 0.5
-_DISTINCT = 0.75
+_DISTINCT = 0.9
 
 
 def encode(
@@ -138,8 +138,7 @@ def _as_planes(data: Bytes, check: int, numbers: Words, old: Words | None, trait
 def _may_repeat(numbers: Words, traits: list[measure.Trait]) -> bool:
     if measure.cost(traits) < _REDUNDANT:
         return True
-    sample = numbers[measure.positions(len(numbers))]
-    return numbers.itemsize >= 4 and len(np.unique(sample)) < _DISTINCT * len(sample)
+    return numbers.itemsize >= 4 and measure.distinct(numbers) < _DISTINCT
 
 
 def _is_rounded(data: Bytes, master: Bytes) -> bool:
@@ -162,10 +161,10 @@ def _measure(numbers: Words, old: Words | None, lags: tuple[int, ...]) -> tuple[
     if traits[-1].may_lag:
         pairs = {}
         for lag in lags:
-            late = at >= lag
-            if lag and late.sum() > len(at) // 2:
-                before = _mapped(numbers, old, at[late] - lag)
-                pairs[lag] = (_top_bytes(mapped)[late], _top_bytes(before))
+            first = int(np.searchsorted(at, lag))
+            if lag and first < len(at) // 2:
+                before = _mapped(numbers, old, at[first:] - lag)
+                pairs[lag] = (_top_bytes(mapped)[first:], _top_bytes(before))
         traits[-1] = measure.with_lag(traits[-1], pairs)
     return old, traits
 

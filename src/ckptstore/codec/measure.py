@@ -70,6 +70,12 @@ def cost(planes: list[Trait]) -> float:
     return sum(p.cost for p in planes) / len(planes)
 
 
+def distinct(words: Words) -> float:
+    """Share of different words in a thinner sample."""
+    picked = np.sort(words[positions(len(words))[::4]])
+    return (np.count_nonzero(picked[1:] != picked[:-1]) + 1) / max(1, len(picked))
+
+
 def with_lag(trait: Trait, pairs: dict[int, tuple[Bytes, Bytes]]) -> Trait:
     """The trait, with the lag that codes the plane best, if one is worth it.
 

@@ -2,8 +2,8 @@
 
 An :class:`Agreement` owns a gloo group of its own, made at the first use and never registered with
 ``torch.distributed``, so a store neither depends on the job's backend nor adds to its list of groups. Every wait has
-the deadline. A peer that died, hangs or is late becomes :class:`~ckptstore.errors.SaveFailedError` naming its rank on every
-survivor; what the backend raised is only its cause. After that the group is made anew, so the next save works.
+the deadline. A peer that died, hangs or is late becomes a
+:class:`~ckptstore.errors.SaveFailedError` naming its rank on every survivor; what the backend raised is only its cause. After that the group is made anew, so the next save works.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Agreement:
         return dist.ProcessGroupGloo(store, self.rank, self.world_size, timedelta(seconds=self.deadline_s))
 
     def _roll_call(self) -> tuple[list[int], str]:
-        """Ranks that gave no sign of life after a failure; the job's store may be gone too: it is waited for briefly."""
+        """Ranks that gave no sign of life after a failure, and a note if the job's store is gone too."""
         found: list[list[int]] = []
         prefix = f"{self._name}/{self._attempt}/alive"
 

@@ -70,11 +70,13 @@ class BoundTensor:
     def structure(self) -> tuple[object, ...]:
         """Everything that must stay the same for a plan to stay valid."""
         return (
-            self.name, self.dtype, self.global_shape, self.offsets, self.shape, self.requires_grad, self.kind, self.is_empty,
+            self.name, self.dtype, self.global_shape, self.offsets, self.shape, self.requires_grad, self.kind,
+            self.is_empty,
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"BoundTensor({self.name!r}, {self.dtype}, {self.shape} at {self.offsets} of {self.global_shape}, {self.kind})"
+        box = f"{self.shape} at {self.offsets} of {self.global_shape}"
+        return f"BoundTensor({self.name!r}, {self.dtype}, {box}, {self.kind})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +203,7 @@ _PLAIN = frozenset({torch.Tensor, nn.Parameter})
 
 
 def _unchanged(tensor: torch.Tensor, old: BoundTensor) -> torch.Tensor | None:
-    """The local memory if everything :class:`BoundTensor` derives from the tensor would come out the same, else None."""
+    """The local memory if everything a :class:`BoundTensor` says about the tensor would come out the same, else None."""
     cls = type(tensor)
     if cls is DTensor or cls not in _PLAIN:
         if cls is not DTensor or tensor._spec is not old.spec:  # type: ignore[attr-defined]

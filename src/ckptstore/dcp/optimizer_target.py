@@ -9,6 +9,7 @@ may be reordered or split.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,7 +79,7 @@ class _Match:
             if left in names:
                 self._m.unexpected(f"{self._key}.state.{left}", entry)
             else:  # an optimizer's own bookkeeping
-                self._m.put(f"{self._key}.state.{left}", entry, lambda value, at=left: state.__setitem__(at, value))
+                self._m.put(f"{self._key}.state.{left}", entry, partial(state.__setitem__, left))
 
     def _one(self, parameter: torch.Tensor, group: dict[str, Any], name: str, entry: Any) -> None:
         key = f"{self._key}.state.{name}"

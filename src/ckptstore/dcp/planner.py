@@ -126,7 +126,7 @@ def _spec(binding: Binding, index: int) -> PieceSpec:
 
 
 def _assign(holders: dict[BoxKey, list[int]], claims: dict[BoxKey, Claim], world_size: int) -> dict[BoxKey, int]:
-    """Box -> the rank that writes it: its only holder; the lowest for buffers; else the least loaded, big boxes first."""
+    """Box -> its writer: the only holder; the lowest for buffers; else the least loaded, big boxes first."""
     load = [0] * world_size
     writers: dict[BoxKey, int] = {}
     shared = []

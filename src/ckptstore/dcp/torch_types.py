@@ -6,6 +6,7 @@ reads and restores such trees all the same, and sees these values as opaque.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,27 +14,9 @@ import torch
 from ckptstore.errors import FormatError, StateError
 from ckptstore.format.tree import register_type
 
-_LAYOUTS: dict[str, torch.layout] = {
-    str(layout): layout
-    for layout in (
-        torch.strided,
-        torch.sparse_coo,
-        torch.sparse_csr,
-        torch.sparse_csc,
-        torch.sparse_bsr,
-        torch.sparse_bsc,
-        torch.jagged,
-    )
-}
-_MEMORY_FORMATS: dict[str, torch.memory_format] = {
-    str(memory_format): memory_format
-    for memory_format in (
-        torch.contiguous_format,
-        torch.preserve_format,
-        torch.channels_last,
-        torch.channels_last_3d,
-    )
-}
+_LAYOUTS = {str(v): v for v in vars(torch).values() if isinstance(v, torch.layout)}
+_MEMORY_FORMATS = {str(v): v for v in vars(torch).values() if isinstance(v, torch.memory_format)}
+_DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 
 
 def _named(kind: str, table: dict[str, Any], value: object) -> Any:
@@ -44,16 +27,9 @@ def _named(kind: str, table: dict[str, Any], value: object) -> Any:
     return found
 
 
-def _dtype(name: object) -> torch.dtype:
-    found = vars(torch).get(name.removeprefix("torch.")) if isinstance(name, str) else None
-    if not isinstance(found, torch.dtype):
-        raise FormatError(f"{name!r:.80} is not a dtype of this torch", hint="upgrade torch")
-    return found
-
-
 def _size(value: object) -> torch.Size:
-    if type(value) is not list or not all(type(n) is int for n in value):
-        raise FormatError("a torch.Size is a list of ints")
+    if type(value) is not list or not all(type(n) is int and -(1 << 63) <= n < 1 << 63 for n in value):
+        raise FormatError("a torch.Size is a list of 64-bit ints")
     return torch.Size(value)
 
 
@@ -82,14 +58,14 @@ def _generator(value: object) -> torch.Generator:
     return generator
 
 
-register_type(torch.dtype, name="torch.dtype", encode=str, decode=_dtype)
+register_type(torch.dtype, name="torch.dtype", encode=str, decode=partial(_named, "dtype", _DTYPES))
 register_type(torch.device, name="torch.device", encode=str, decode=_device)
 register_type(torch.Size, name="torch.Size", encode=lambda size: [int(n) for n in size], decode=_size)
-register_type(torch.layout, name="torch.layout", encode=str, decode=lambda name: _named("layout", _LAYOUTS, name))
+register_type(torch.layout, name="torch.layout", encode=str, decode=partial(_named, "layout", _LAYOUTS))
 register_type(
     torch.memory_format,
     name="torch.memory_format",
     encode=str,
-    decode=lambda name: _named("memory format", _MEMORY_FORMATS, name),
+    decode=partial(_named, "memory format", _MEMORY_FORMATS),
 )
 register_type(torch.Generator, name="torch.Generator", encode=_generator_state, decode=_generator)

@@ -195,7 +195,7 @@ def play(stage: Stage) -> None:
     timeline.say(f"  losses {reference.losses[1]:.3f} -> {reference.losses[STEPS]:.3f}")
 
     timeline.say(f"the same training, store.save every {SAVE_EVERY} steps to {local.name} and to the bucket")
-    process, journal = stage.start("first", 2, "--local", str(local), "--remote", stage.remote)
+    process, journal = stage.start("first", 2, "--store", str(local), "--bucket", stage.remote)
     wait_for_the_moment(process, journal, stage)
     killed = kill_tree(process.pid)
     agent = kill_agent(local)
@@ -224,14 +224,14 @@ def play(stage: Stage) -> None:
     copies = {ranks: work / f"node-{ranks}" for ranks in (1, 3)}
     for copy in copies.values():
         shutil.copytree(node, copy)
-    again = stage.finish("again", 2, "--local", str(node), "--remote", stage.remote)
+    again = stage.finish("again", 2, "--store", str(node), "--bucket", stage.remote)
     resumed = again.events("resumed")
     timeline.check(bool(resumed) and resumed[0]["step"] == step, f"2 ranks resume at step {step}")
     same = all(again.bits.get(s) == reference.bits[s] for s in range(step + 1, STEPS + 1))
     timeline.check(same, f"losses of steps {step + 1}..{STEPS} are bit-equal to the uninterrupted run")
 
     for ranks, copy in copies.items():
-        other = stage.finish(f"ranks-{ranks}", ranks, "--local", str(copy), "--no-save")
+        other = stage.finish(f"ranks-{ranks}", ranks, "--store", str(copy), "--no-save")
         worst = max(abs(other.losses.get(s, math.inf) - reference.losses[s]) for s in range(step + 1, STEPS + 1))
         timeline.check(
             worst <= TOLERANCE, f"{ranks} rank{'s' * (ranks > 1)} (resharded): losses agree within {worst:.1e}"

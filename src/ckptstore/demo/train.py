@@ -50,8 +50,8 @@ def batch(data: torch.Tensor, generator: torch.Generator, block: int) -> tuple[t
 def main() -> int:
     """Train to ``--steps``; resume from the newest checkpoint unless ``--fresh``."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--local", help="local tier; without it nothing is saved")
-    parser.add_argument("--remote", help="bucket URL")
+    parser.add_argument("--store", help="local tier; without it nothing is saved")
+    parser.add_argument("--bucket", help="bucket URL")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--save-every", type=int, default=4)
     parser.add_argument("--journal", type=Path, required=True)
@@ -77,7 +77,7 @@ def main() -> int:
             with args.journal.open("a") as file:
                 file.write(json.dumps(fields) + "\n")
 
-    store = CheckpointStore(args.local, remote=args.remote, run="demo") if args.local else None
+    store = CheckpointStore(args.store, remote=args.bucket, run="demo") if args.store else None
     state: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer,
@@ -112,7 +112,7 @@ def main() -> int:
             stall = time.perf_counter() - began
             called = time.time()
             log(event="saved", step=step, stall_seconds=stall)
-            for level in ("local", "remote") if args.remote else ("local",):
+            for level in ("local", "remote") if args.bucket else ("local",):
                 getattr(handle, level).add_done_callback(
                     lambda future, level=level, step=step, called=called: (
                         future.exception()

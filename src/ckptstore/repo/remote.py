@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -168,7 +169,7 @@ class RemoteTier:
             return
         if not self.exists():
             self._create_once(MARKER, Marker().encode())
-        self._create_once(f"names/{self.run}", b"")
+        self._create_empty(f"names/{self.run}")
         self._is_created = True
 
     # --- reading
@@ -414,7 +415,7 @@ class RemoteTier:
 
     def pin(self, save_id: str) -> None:
         """Keep this save from retention; idempotent."""
-        self._create_once(f"{self._prefix}pins/{check_save_id(save_id)}", b"")
+        self._create_empty(f"{self._prefix}pins/{check_save_id(save_id)}")
 
     def unpin(self, save_id: str) -> None:
         """Undo :meth:`pin`; idempotent."""
@@ -430,6 +431,11 @@ class RemoteTier:
 
     def _get(self, name: str, max_bytes: int) -> bytes:
         return self.blob.get(self._prefix + name, max_bytes=max_bytes)
+
+    def _create_empty(self, key: str) -> None:
+        """Create an object whose name says it all."""
+        with suppress(CheckpointExistsError):
+            self.blob.put(key, b"", if_absent=True)
 
     def _create_once(self, key: str, data: bytes) -> None:
         """Create, or find exactly these bytes there: the answer to our own request may have been lost."""

@@ -274,7 +274,7 @@ class CheckpointStore:
         Raises:
             CheckpointNotFoundError, IntegrityError: as for ``load``.
         """
-        from ckptstore.dcp.loader import read_state
+        from ckptstore.dcp.reading import read_state
 
         _, reader, _ = choose(self._open_tiers(), step)
         return read_state(reader, only=only)

@@ -39,6 +39,9 @@ def _assert_same(a: Any, b: Any, where: str = "value") -> None:
         names = [f.name for f in dataclasses.fields(a)] if dataclasses.is_dataclass(a) else list(vars(a))
         assert getattr(a, "__dict__", None) is None or list(vars(a)) == list(vars(b)), where
         for name in names:
+            if not hasattr(a, name):
+                assert not hasattr(b, name), f"{where}.{name}"
+                continue
             _assert_same(getattr(a, name), getattr(b, name), f"{where}.{name}")
         if isinstance(a, BaseModel):
             assert a.model_fields_set == b.model_fields_set, where

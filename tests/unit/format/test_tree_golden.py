@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import http
 import json
 import math
 import random
 import re
 import struct
+import sys
+import types
 import urllib.parse
 from collections import Counter, OrderedDict, defaultdict, deque
 from datetime import date, datetime, time, timedelta, timezone
@@ -22,12 +25,35 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from ckptstore.format import tree, types_base
-from ckptstore.format.manifest import Parent, canonical
-from ckptstore.types import LoadReport
+from ckptstore.format.manifest import canonical
 
 FILE = Path(__file__).parents[2] / "compat" / "tree_v1.json"
+
+
+@dataclasses.dataclass
+class Recipe:
+    """A dataclass under a name that stays, wherever this file moves."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class Settings(BaseModel):
+    """A model under a name that stays."""
+
+    model_config = ConfigDict(extra="allow")
+    epochs: int
+    name: str = "run"
+    _seen: int = PrivateAttr(default=0)
+
+
+for _cls in (Recipe, Settings):
+    _cls.__module__ = "golden_v1"
+sys.modules["golden_v1"] = types.ModuleType("golden_v1")
+vars(sys.modules["golden_v1"]).update(Recipe=Recipe, Settings=Settings)
 
 
 def _random() -> random.Random:
@@ -71,7 +97,7 @@ VALUES: dict[str, Any] = {
     "UUID": UUID(int=5), "PosixPath": PosixPath("/a/b"), "PurePosixPath": PurePosixPath("a"), "PureWindowsPath": PureWindowsPath("C:/a"),
     "Random": _random(),
     "Enum": http.HTTPStatus.OK, "Flag": re.RegexFlag.I | re.RegexFlag.M, "namedtuple": urllib.parse.SplitResult("a", "b", "c", "", ""),
-    "dataclass": LoadReport(missing=("w",)), "pydantic": Parent(save_id="0-1", timeline=1, step=2),
+    "dataclass": Recipe(0.1), "pydantic": Settings(epochs=3, more=[1]),
     "array": np.array([[1, 2, 3]], "<f4"), "array in Fortran order": np.asfortranarray(np.array([[1, 2], [3, 4]], "<i2")),
     "array of times": np.array(["2026-01-01", "NaT"], "<M8[D]"), "array of objects": np.array([1, "a", (2,)], dtype=object),
     "array of structs": np.array([(1, [2, 3])], [("a", "<i2"), ("b", ">u2", (2,))]), "array of no dimensions": np.array(5, "<i8"),
@@ -81,7 +107,7 @@ VALUES: dict[str, Any] = {
     "Generator": np.random.Generator(_bits("PCG64")),
     **{kind: _bits(kind) for kind in ("MT19937", "PCG64DXSM", "Philox", "SFC64")},
     "tensor": tree.TensorRef("model.w"), "per rank": tree.PerRankRef("rng"), "array kept as a tensor": tree.ArrayRef("replay.obs"),
-    "registered type": tree.Opaque("torch.dtype", {"~": "type", "name": "torch.dtype", "v": "torch.float32"}),
+    "registered type": tree.Opaque("golden.type", {"name": "golden.type", "v": [1], "~": "type"}),
 }  # fmt: skip
 
 CASES: dict[str, Any] = {case["name"]: case["node"] for case in json.loads(FILE.read_text(encoding="utf-8"))["cases"]}

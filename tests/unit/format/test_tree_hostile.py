@@ -39,7 +39,9 @@ def read(node: Any) -> None:
             assert len(str(error)) < 5000
 
 
-@pytest.mark.parametrize("field", ["v", "name", "maxlen", "factory", "zone", "fold", "set", "private", "extra", "unset", "x"])
+@pytest.mark.parametrize(
+    "field", ["v", "name", "maxlen", "factory", "zone", "fold", "set", "private", "extra", "unset", "x"]
+)
 @pytest.mark.parametrize("tag", [*sorted(types_base.BY_TAG), "", "list", "unknown", "np.array", "np.scalar", "np.bits"])
 def test_node_is_a_value_or_a_format_error_when_its_fields_are_junk(tag: str, field: str) -> None:
     for junk in JUNK:
@@ -99,7 +101,9 @@ def test_tree_is_a_format_error_when_it_is_too_deep(wrap: Any) -> None:
         pass
     # Taken apart by hand: freeing it in one go recurses in C.
     while isinstance(node, (dict, list)):
-        node = next((v for v in (node.values() if isinstance(node, dict) else node) if isinstance(v, (dict, list))), None)
+        node = next(
+            (v for v in (node.values() if isinstance(node, dict) else node) if isinstance(v, (dict, list))), None
+        )
 
 
 def test_manifest_is_a_format_error_when_its_tree_repeats_a_key() -> None:

@@ -23,12 +23,9 @@ scalars = (
     | st.complex_numbers() | st.datetimes(timezones=st.just(timezone.utc) | st.none() | st.timezones()) | st.dates() | st.times()
     | st.timedeltas() | st.decimals(allow_nan=False) | st.fractions() | st.uuids()
 )  # fmt: skip
-keys = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3), max_leaves=4)
-
-
-def unlike(values: list[Any]) -> list[Any]:
-    """The values that can be told apart as dict keys."""
-    return list(dict.fromkeys(values))
+keys = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3), max_leaves=4
+)
 
 
 def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -53,7 +50,9 @@ def _object_array(values: list[Any]) -> Any:
 
 
 numeric_arrays = st.builds(
-    lambda dtype, data, shape: np.frombuffer((data * 64)[: np.dtype(dtype).itemsize * int(np.prod(shape))], dtype).reshape(shape),
+    lambda dtype, data, shape: np.frombuffer(
+        (data * 64)[: np.dtype(dtype).itemsize * int(np.prod(shape))], dtype
+    ).reshape(shape),
     st.sampled_from(["<f4", ">f8", "|i1", "<u8", "<c8", "<M8[ns]", "|S3", "<i2,<f4", "<f2"]),
     st.binary(min_size=16, max_size=16),
     st.lists(st.integers(0, 3), max_size=3).map(tuple),

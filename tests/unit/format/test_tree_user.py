@@ -30,7 +30,7 @@ class Level(IntEnum):
     LOW = 1
 
 
-class Name(str, Enum):  # noqa: UP042 - the older spelling is what people have
+class Name(str, Enum):
     A = "a"
 
 
@@ -250,7 +250,9 @@ def test_module_attribute_hook_does_not_run_when_a_class_is_looked_up(monkeypatc
     monkeypatch.setitem(sys.modules, "lazy_module", module)
     CALLS.clear()
     with pytest.raises(FormatError, match="not loaded"):
-        tree.decode({"version": 1, "tree": {"~": "enum", "name": "lazy_module:X", "v": "A"}}, lambda r: r, trusted="loaded")
+        tree.decode(
+            {"version": 1, "tree": {"~": "enum", "name": "lazy_module:X", "v": "A"}}, lambda r: r, trusted="loaded"
+        )
     assert CALLS == []
 
 
@@ -352,7 +354,10 @@ def _register(**how: Any) -> None:
 
 
 def test_registered_type_comes_back_when_its_name_is_registered(through_json: Any) -> None:
-    _register(encode=lambda v: {"words": tuple(v.words), "w": tree.TensorRef("w")}, decode=lambda d: Vocabulary([*d["words"], d["w"]]))
+    _register(
+        encode=lambda v: {"words": tuple(v.words), "w": tree.TensorRef("w")},
+        decode=lambda d: Vocabulary([*d["words"], d["w"]]),
+    )
     node = tree.encode({"v": Vocabulary(["a"])})
     assert node["tree"]["v"]["name"] == "vocabulary"
     back = tree.decode(node, lambda ref: ref.name)  # type: ignore[union-attr]

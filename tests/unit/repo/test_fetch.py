@@ -27,6 +27,8 @@ from ckptstore.repo.fetch import pull
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.packs import PlacedFrame, ranges
 from ckptstore.repo.progress import Progress
+from ckptstore.repo.reader import CheckpointReader
+from ckptstore.repo.record import Record
 from ckptstore.repo.remote import RemoteSave, RemoteTier
 from ckptstore.repo.upload import push
 from ckptstore.testing.checkpoints import Array, write_checkpoint
@@ -347,6 +349,24 @@ def test_disk_is_cleaned_up_and_the_errno_named_when_it_is_full(tier: LocalTier,
         assert contents(pull(remote, save, target)) == original
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_parameter_is_named_when_packs_were_swapped(tier: LocalTier, fresh: LocalTier) -> None:
+    remote, blob = remote_at()
+    raw = StoreConfig(compress=False)  # frames of equal sizes, each of them perfect
+    for seed in (0, 1):
+        path = write_checkpoint(tier, {"w": state_of(seed)["layer0.weight"]}, step=seed)
+        push(tier, path, "default", remote, config=raw)
+    one, two = (info.key for info in blob.list("runs/default/packs/"))
+    first, second = blob.get(one), blob.get(two)
+    blob.put(one, second)
+    blob.put(two, first)
+    for save in remote.saves():
+        with pytest.raises(IntegrityError, match=rf"w \(rank 0, step {save.step}\)"):
+            pull(remote, save, fresh)
+        record = Record(summary=remote.summary(save), remote={"r": save})
+        with CheckpointReader(record, None, [remote]) as reader, pytest.raises(IntegrityError, match="w "):
+            reader.read_chunk(0, 0, 0, memoryview(bytearray(reader.chunks(0, 0)[0].size_bytes)))
 
 
 def test_progress_ends_at_its_total_when_pulled(tier: LocalTier, fresh: LocalTier) -> None:

@@ -240,7 +240,7 @@ class S3BlobStore(BlobStore):
                 answer = client.create_multipart_upload(
                     Bucket=self._bucket, Key=name, **self._at_rest, **self._pays, **self._connection.declared()
                 )
-                return answer["UploadId"]
+                return str(_genuine(answer, self.url, "UploadId")["UploadId"])
 
         def send(part: Part) -> str:
             payload = bytes(body[part.start : part.stop])
@@ -368,9 +368,9 @@ class S3BlobStore(BlobStore):
             client.get_object(Bucket=self._bucket, Key=name, Range="bytes=0-0", **self._pays)["Body"].close()
 
 
-def _genuine(answer: Any, url: str) -> Any:
-    """The answer, if it is about an object; what a proxy or a portal says in between with status 200 is not."""
-    if not answer.get("ETag"):
+def _genuine(answer: Any, url: str, mark: str = "ETag") -> Any:
+    """The answer, if it is an object store's; what a proxy or a portal in between says with status 200 is not."""
+    if not answer.get(mark):
         raise TransientError(f"{url}: the answer does not come from an object store", reason="damaged", url=url)
     return answer
 
