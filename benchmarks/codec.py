@@ -2,7 +2,7 @@
 
 ::
 
-    python benchmarks/codec.py [--width 512 --layers 4 --steps 200] [--rounds 5] [--cache FILE]
+    python benchmarks/codec.py [--width 1024 --layers 2 --steps 120] [--rounds 5] [--cache FILE]
 
 Trains the states itself (:mod:`training_states`, a few CPU minutes; ``--cache`` keeps them), stores every tensor in
 chunks of 2^20 elements, checks that each chunk comes back, prints a table and writes ``results/codec.json``. Sizes

@@ -16,12 +16,19 @@ pytest.register_assert_rewrite("ckptstore.testing.blob_store_tests")
 
 from ckptstore.blob.address import parse_address  # noqa: E402 - after the rewrite is registered
 from ckptstore.blob.s3 import S3BlobStore  # noqa: E402
+from ckptstore.testing.oss_server import OSSServer  # noqa: E402
 from ckptstore.testing.s3_server import SeaweedServer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def seaweed() -> Iterator[SeaweedServer]:
     with SeaweedServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def oss() -> Iterator[OSSServer]:
+    with OSSServer() as server:
         yield server
 
 

@@ -11,9 +11,11 @@ import pytest
 
 from ckptstore.blob import BlobStore, open_blob_store
 from ckptstore.blob.address import parse_address
+from ckptstore.blob.oss import OSSBlobStore
 from ckptstore.blob.retry import Retrier, RetryingBlobStore
 from ckptstore.blob.s3 import S3BlobStore
 from ckptstore.testing.blob_store_tests import BlobStoreTests, BucketStoreTests
+from ckptstore.testing.oss_server import OSSServer
 from ckptstore.testing.s3_server import SeaweedServer
 
 MIB = 1024**2
@@ -101,3 +103,36 @@ def test_abandoned_uploads_are_aborted_when_they_are_old(seaweed: SeaweedServer)
     left = client.list_multipart_uploads(Bucket=seaweed.bucket)["Uploads"]
     assert [upload["Key"] for upload in left] == ["abandoned-not/pack"]
     store.close()
+
+
+def _oss(url: str, environ: dict[str, str]) -> OSSBlobStore:
+    return OSSBlobStore(parse_address(url), environ=environ, single_put_bytes=5 * MIB, part_bytes=5 * MIB)
+
+
+class TestOSSBlobStore(BucketStoreTests):
+    """With the bucket in the host name, as the service wants it."""
+
+    @pytest.fixture
+    def store(self, oss: OSSServer) -> Iterator[BlobStore]:
+        store = _oss(oss.url(f"t/{uuid.uuid4().hex}"), oss.environ)
+        yield store
+        store.close()
+
+    @pytest.fixture
+    def store_without_bucket(self, oss: OSSServer) -> Iterator[BlobStore]:
+        store = _oss(oss.url("prefix").replace("oss://ckptstore/", "oss://no-such-bucket/"), oss.environ)
+        yield store
+        store.close()
+
+
+class TestOSSBlobStoreByAddressWithV1(BlobStoreTests):
+    """By address, with signatures of the first version and temporary credentials."""
+
+    num_many = 1_010
+
+    @pytest.fixture
+    def store(self, oss: OSSServer) -> Iterator[BlobStore]:
+        url = oss.url_by_address(f"t/{uuid.uuid4().hex}") + "&auth=v1"
+        store = _oss(url, oss.issue_token(600))
+        yield store
+        store.close()

@@ -11,7 +11,7 @@ import numpy as np
 
 from ckptstore.clock import rfc3339
 from ckptstore.dcp.agreement import Agreement
-from ckptstore.dcp.prepare import Preparer, Prepared
+from ckptstore.dcp.prepare import Prepared, Preparer
 from ckptstore.dcp.stage import copy_pieces
 from ckptstore.errors import IntegrityError
 from ckptstore.format.dtypes import itemsize
@@ -45,12 +45,17 @@ def shard_of(
                 start=start,
                 size_bytes=spec.size_bytes,
                 digests=digests,
-            )  # fmt: skip
+            )
         )
     summary = Summary(
-        run="r", save_id=SAVE_ID, timeline=1, step=step, created_at=rfc3339(datetime.now(timezone.utc)), job="j",
+        run="r",
+        save_id=SAVE_ID,
+        timeline=1,
+        step=step,
+        created_at=rfc3339(datetime.now(timezone.utc)),
+        job="j",
         world_size=world_size,
-    )  # fmt: skip
+    )
     manifest = ShardManifest(
         save_id=SAVE_ID,
         step=step,

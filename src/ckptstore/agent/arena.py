@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import logging
 import mmap
 import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -85,8 +86,10 @@ class Generation:
 
     @classmethod
     def create(cls, index: int, capacity_bytes: int) -> Generation:
-        fd = os.memfd_create(f"ckptstore-{index}", os.MFD_CLOEXEC)
+        fd = os.memfd_create(f"ckptstore-{index}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
+            # It may grow but never shrink: a bug in a trainer must not become a SIGBUS here.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
             os.ftruncate(fd, capacity_bytes)
             return cls(index, fd, mmap.mmap(fd, capacity_bytes), capacity_bytes)
         except BaseException:
@@ -170,6 +173,7 @@ class Slot:
                 self._resize(capacity, wanted)
             for generation in self.generations:
                 _write_skeleton(generation.memory, layout, pieces)
+            layout = replace(layout, segments=())  # written, and large
             with self._condition:
                 self.check_owner(owner)
                 self.layout, self.pieces, self.layout_id = layout, tuple(pieces), layout_id
@@ -287,7 +291,8 @@ def _room() -> int:
 
 
 def _touch(generations: Sequence[Generation], stop: threading.Event) -> None:
-    for generation in generations:
+    # From the last: the first copy goes into generation 0 at once, and the trainer brings those pages itself.
+    for generation in reversed(generations):
         populate(generation.memory, stop)
 
 

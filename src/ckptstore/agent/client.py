@@ -213,8 +213,7 @@ class AgentClient:
         arena = Arena(answer["layout_id"], tuple(answer["starts"]), generations, answer["image_bytes"])
         with self._lock:
             self._arena = arena
-        # The first copy goes into generation 0 at once and brings its pages itself.
-        threading.Thread(target=_populate, args=(generations[::-1],), name="ckptstore-touch", daemon=True).start()
+        threading.Thread(target=_populate, args=(generations,), name="ckptstore-touch", daemon=True).start()
         return arena
 
     def reserve(self, timeout_s: float, *, save_id: str | None = None) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ckptstore.agent.arena import Generation, Slot, State
 from ckptstore.agent.protocol import Event, SealRequest
+from ckptstore.agent.runtime import RuntimeDir
 from ckptstore.agent.uploader import Uploader, brief
 from ckptstore.agent.writer import Abandoned, Image, Written, write_part
 from ckptstore.clock import Clock, rfc3339
@@ -33,11 +34,17 @@ _REMEMBERED = 256
 
 @dataclass(eq=False)
 class Attachment:
-    """One rank's connection. ``rank`` is learned from its seals unless it was told."""
+    """One rank's connection.
+
+    Attributes:
+        is_gone: whether its process has ended, so that nothing of it writes into the arena any more.
+        rank: learned from its seals unless it was told.
+    """
 
     run: str
     slot: Slot
     send: Callable[[Event], None]
+    is_gone: Callable[[], bool]
     rank: int | None = None
 
 
@@ -82,12 +89,19 @@ class RunJobs:
     Args:
         condition: the agent's.
         tier: of the agent's root.
+        directory: the agent's.
         run: the run.
         config: of the newest attachment.
     """
 
     def __init__(
-        self, condition: threading.Condition, tier: LocalTier, run: str, config: StoreConfig, clock: Clock
+        self,
+        condition: threading.Condition,
+        tier: LocalTier,
+        directory: RuntimeDir,
+        run: str,
+        config: StoreConfig,
+        clock: Clock,
     ) -> None:
         self.run = run
         self.config = config
@@ -98,6 +112,7 @@ class RunJobs:
         self.failures = 0
         self._condition = condition
         self._tier = tier
+        self._directory = directory
         self._clock = clock
         self._jobs: dict[str, SaveJob] = {}
         self._dropped: dict[str, CkptError] = {}
@@ -109,6 +124,7 @@ class RunJobs:
         self,
         slot: int,
         send: Callable[[Event], None],
+        is_gone: Callable[[], bool],
         *,
         rank: int | None,
         config: StoreConfig,
@@ -119,10 +135,10 @@ class RunJobs:
         with self._condition:
             self.config = config
             where = self.slots.setdefault(slot, Slot(self._condition, self.run, slot))
-            if where.owner is not None:
-                # It still has the memory mapped and may be in the middle of a copy.
-                self._vacate(where, is_gone=False)
-            attachment = Attachment(self.run, where, send, rank)
+            if isinstance(where.owner, Attachment):
+                # If it lives it has the memory mapped, and may be in the middle of a copy.
+                self._vacate(where, is_gone=where.owner.is_gone())
+            attachment = Attachment(self.run, where, send, is_gone, rank)
             where.owner, where.rank = attachment, rank
             self._lost_slots.discard(slot)
             self.attached.add(attachment)
@@ -183,9 +199,9 @@ class RunJobs:
 
     def _slot_of(self, job: SaveJob, rank: int) -> Slot | None:
         """Where a rank copies to; by order as long as it has neither said so nor sealed."""
-        for slot in self.slots.values():
-            if slot.rank == rank and slot.owner is not None:
-                return slot
+        told = [slot for slot in self.slots.values() if slot.rank == rank]
+        if told:
+            return next((slot for slot in told if slot.owner is not None), told[0])
         position = job.local_ranks.index(rank)
         in_order = [self.slots[index] for index in sorted(self.slots)]
         if len(in_order) == len(job.local_ranks):
@@ -297,6 +313,7 @@ class RunJobs:
         if save.state == "complete":
             return False
         self._tier.delete(self.run, save_id)
+        self.emit(Event.failure(SaveFailedError(reason), save_id=save_id, step=save.step, level="staged"))
         return True
 
     def check_deadlines(self) -> None:
@@ -321,13 +338,14 @@ class RunJobs:
         failure: CkptError | None = None
         level = "local"
         try:
-            written = write_part(
-                self._tier,
-                self.run,
-                images,
-                chunk_elements=self.config.chunk_elements,
-                is_abandoned=lambda: job.abandoned is not None,
-            )
+            with self._directory.staging_noted(self.run, job.save_id):
+                written = write_part(
+                    self._tier,
+                    self.run,
+                    images,
+                    chunk_elements=self.config.chunk_elements,
+                    is_abandoned=lambda: job.abandoned is not None,
+                )
         except Abandoned:
             failure, level = SaveFailedError(job.abandoned or "discarded"), "staged"
         except CkptError as error:
@@ -338,6 +356,9 @@ class RunJobs:
         finally:
             for image in images:
                 image.memory.release()
+        if written is not None:
+            # Before the job is forgotten: at no moment may all look settled.
+            self._notify_uploaders()
         with self._condition:
             self._jobs.pop(job.save_id, None)
             for part in parts:
@@ -361,7 +382,6 @@ class RunJobs:
         else:
             shards = [shard.model_dump(mode="json") for shard in written.shards]
             self.emit(Event("prepared", job.save_id, job.step, {"shards": shards}))
-        self._notify_uploaders()
 
     def completed(self, root: RootManifest) -> None:
         """A save became complete in the local tier."""

@@ -171,10 +171,13 @@ class Channel:
         """Send one message, and lend descriptors with it. Blocks while the peer doesn't read.
 
         Raises:
-            FormatError: larger than a message may be; nothing was sent.
+            FormatError: not JSON, or larger than a message may be; nothing was sent.
             OSError: the connection is gone.
         """
-        body = json.dumps(message, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        try:
+            body = json.dumps(message, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FormatError(f"a message that is not JSON: {error}") from None
         if len(body) > MAX_MESSAGE_BYTES:
             raise FormatError(f"{len(body)} bytes are too many for a message to the node agent")
         with self._send_lock:

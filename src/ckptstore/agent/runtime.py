@@ -79,6 +79,27 @@ class RuntimeDir:
     def log(self) -> Path:
         return self.path / "agent.log"
 
+    @contextmanager
+    def staging_noted(self, run: str, save_id: str) -> Iterator[None]:
+        """While this lasts, a note tells the next agent whose staging directory is left if we are killed."""
+        note = self.path / f"{run}@{save_id}"
+        with suppress(OSError):
+            note.touch()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                note.unlink()
+
+    def left_staging(self) -> list[tuple[str, str]]:
+        """(run, save_id) of what earlier agents were writing when they were killed; forgets it. Hold the lock."""
+        left = []
+        for note in list(self.path.glob("*@*")):
+            run, _, save_id = note.name.partition("@")
+            left.append((run, save_id))
+            note.unlink()
+        return left
+
     def create(self) -> None:
         """Make it (0700) and everything above it that is ours.
 

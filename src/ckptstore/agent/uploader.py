@@ -95,7 +95,10 @@ class Uploader:
         self._committed: set[str] | None = None
         self._claimed: set[int] = set()
         self._remote: RemoteTier | None = None
-        self._is_stale = True
+        self._news = 1
+        """Counts the reasons to look at the local tier; ``_seen`` of them have led to ``_uploads``."""
+        self._seen = 0
+        self._begun = 0
         self._is_reopened = False
         self._is_stopping = False
         self._is_refused = False
@@ -110,7 +113,7 @@ class Uploader:
     def notify(self) -> None:
         """The local tier has a new save."""
         with self._condition:
-            self._is_stale = True
+            self._news += 1
             if self._is_refused:
                 self._pause_until = 0.0  # one try for each new save, so that its trainer hears of the refusal
             self._condition.notify_all()
@@ -122,7 +125,8 @@ class Uploader:
             for name in set(self._environ) - set(environ):
                 del self._environ[name]
             self._config = config
-            self._is_stale = self._is_reopened = True
+            self._news += 1
+            self._is_reopened = True
             self._is_refused = False
             self._pause_until = 0.0
             self._failures = 0
@@ -145,12 +149,12 @@ class Uploader:
             if self._is_refused:
                 return False
             now = self._clock.monotonic()
-            return self._is_stale or any(_is_workable(upload, now) for upload in self._uploads.values())
+            return self._seen < self._news or any(_is_workable(upload, now) for upload in self._uploads.values())
 
     def is_settled(self) -> bool:
         """Whether the remote has everything the local tier has."""
         with self._condition:
-            return not self._is_stale and not self._uploads
+            return self._seen == self._news and not self._uploads
 
     def describe(self) -> dict[str, Any]:
         """For ``status``: nothing secret."""
@@ -202,27 +206,26 @@ class Uploader:
         now = self._clock.monotonic()
         if self._pause_until > now:
             return self._pause_until - now
-        if self._is_stale:
+        if self._seen < self._news:
             return 0.0
         return min((upload.due - now for upload in self._uploads.values()), default=3600.0)
 
     def _pause(self, error: CkptError) -> None:
         """The remote as a whole can't be used now."""
-        is_refused = isinstance(error, (CredentialsError, NoStoreError, ConfigError))
+        is_refused = not isinstance(error, TransientError)
         with self._condition:
             self._error = error
             self._failures += 1
-            pause = _back_off(self._failures, error)
-            if is_refused or not isinstance(error, TransientError):
-                pause = REFUSED_PAUSE_SECONDS
-            # A refresh that came while we were failing has the last word: it may have brought what was missing.
-            if not self._is_reopened:
-                self._is_refused = self._is_refused or is_refused
+            pause = REFUSED_PAUSE_SECONDS if is_refused else _back_off(self._failures, error)
+            # What came while we were failing has the last word: credentials that may be right, or a save whose trainer
+            # wants to hear of the refusal.
+            if not (self._is_reopened or (is_refused and self._news > self._begun)):
+                self._is_refused = is_refused
                 self._pause_until = self._clock.monotonic() + pause
             waiting = list(self._uploads.values())
         if self._failures == 1 or is_refused:
             log.warning("remote %s of %s: %s; again in %.0f s", self.name, self.run, error, pause)
-        if not isinstance(error, TransientError):
+        if is_refused:
             for upload in waiting:
                 self._report(upload, error)
 
@@ -237,15 +240,11 @@ class Uploader:
     def _round(self) -> None:
         """Look once at what is pending, and work on the newest save that is due."""
         with self._condition:
-            is_stale, self._is_stale = self._is_stale, False
+            self._begun = self._news
             if self._is_reopened:
                 self._remote, self._committed, self._is_reopened = None, None, False
-        if is_stale:
-            try:
-                self._derive_local()
-            except BaseException:
-                self._is_stale = True
-                raise
+        if self._seen < self._begun:
+            self._derive_local()
         if self._uploads and self._committed is None:
             self._ask_remote(self._open())
         now = self._clock.monotonic()
@@ -272,6 +271,7 @@ class Uploader:
                     self._uploads[save_id].save = save
                 elif self._committed is None or save_id not in self._committed:
                     self._uploads[save_id] = Upload(save)
+            self._seen = self._begun
 
     def _ask_remote(self, remote: RemoteTier) -> None:
         """Leave out what the remote has; a part whose save is committed there is complete: all of it is durable."""

@@ -28,13 +28,15 @@ WORD: dict[int, np.dtype[np.unsignedinteger[Any]]] = {w: np.dtype(f"<u{w}") for 
 #: Numbers treated at once: intermediate arrays of this length stay in the cache.
 BLOCK = 1 << 16
 
-#: Floating-point dtypes by torch's name -> bytes of one number (of one of the two of a complex number). All are
-#: sign, exponent, fraction from the high end down. Any other dtype is opaque bytes here.
+#: Floating-point dtypes by torch's name -> bytes of one number (of one of the two of a complex number). Those of more
+#: than a byte are sign, exponent, fraction from the high end down. Any other dtype is opaque bytes here.
 FLOAT_BYTES: dict[str, int] = {
+    "float4_e2m1fn_x2": 1,
     "float8_e4m3fn": 1,
     "float8_e4m3fnuz": 1,
     "float8_e5m2": 1,
     "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
     "bfloat16": 2,
     "float16": 2,
     "complex32": 2,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from ckptstore.codec import measure, plane, planes, words
@@ -138,7 +137,7 @@ def _as_planes(data: Bytes, check: int, numbers: Words, old: Words | None, trait
 def _may_repeat(numbers: Words, traits: list[measure.Trait]) -> bool:
     if measure.cost(traits) < _REDUNDANT:
         return True
-    return numbers.itemsize >= 4 and measure.distinct(numbers) < _DISTINCT
+    return numbers.itemsize >= 4 and measure.distinct(numbers[measure.positions(len(numbers))]) < _DISTINCT
 
 
 def _is_rounded(data: Bytes, master: Bytes) -> bool:
@@ -149,34 +148,22 @@ def _is_rounded(data: Bytes, master: Bytes) -> bool:
 def _measure(numbers: Words, old: Words | None, lags: tuple[int, ...]) -> tuple[Words | None, list[measure.Trait]]:
     """The base, if a delta pays, and how each byte plane is best kept."""
     at = measure.positions(len(numbers))
-    mapped = _mapped(numbers, None, at)
+    mapped = planes.mapped(numbers[at], None)
     traits = measure.traits(mapped)
     if old is not None:
-        delta = _mapped(numbers, old, at)
+        delta = planes.mapped(numbers[at], old[at])
         delta_traits = measure.traits(delta)
         if measure.cost(delta_traits) < measure.cost(traits) - _DELTA_MARGIN:
             mapped, traits = delta, delta_traits
         else:
             old = None
-    if traits[-1].may_lag:
-        pairs = {}
-        for lag in lags:
-            first = int(np.searchsorted(at, lag))
-            if lag and first < len(at) // 2:
-                before = _mapped(numbers, old, at[first:] - lag)
-                pairs[lag] = (_top_bytes(mapped)[first:], _top_bytes(before))
-        traits[-1] = measure.with_lag(traits[-1], pairs)
+    for lag in lags if traits[-1].may_lag else ():
+        first = int(np.searchsorted(at, lag))
+        if lag and first < len(at) // 2:
+            earlier = at[first:] - lag
+            before = planes.mapped(numbers[earlier], None if old is None else old[earlier])
+            traits[-1] = measure.with_lag(traits[-1], lag, _top_bytes(mapped)[first:], _top_bytes(before))
     return old, traits
-
-
-def _mapped(numbers: Words, old: Words | None, at: npt.NDArray[np.int64]) -> Words:
-    picked = numbers[at]
-    out, spare = np.empty_like(picked), np.empty_like(picked)
-    if old is None:
-        words.rotate(picked, out, spare)
-    else:
-        words.difference(picked, old[at], out, spare)
-    return out
 
 
 def _top_bytes(mapped: Words) -> Bytes:
@@ -184,19 +171,8 @@ def _top_bytes(mapped: Words) -> Bytes:
 
 
 def _split(numbers: Words, old: Words | None, traits: list[measure.Trait]) -> list[Plane]:
-    count, width = len(numbers), numbers.itemsize
     groups = planes.group(traits)
-    parts = planes.buffers(groups, count)
-    length = min(BLOCK, count)
-    mapped, spare = SCRATCH.words("mapped", length, width), SCRATCH.words("spare", length, width)
-    for start in range(0, count, BLOCK):
-        block = numbers[start : start + BLOCK]
-        size = len(block)
-        if old is None:
-            words.rotate(block, mapped[:size], spare[:size])
-        else:
-            words.difference(block, old[start : start + BLOCK], mapped[:size], spare[:size])
-        planes.split(mapped[:size], start, parts)
+    parts = planes.split(numbers, old, groups)
     firsts = np.cumsum([0, *groups])[:-1]
     return [plane.store(part, traits[i], f"stored{i}") for part, i in zip(parts, firsts, strict=True)]
 
@@ -228,13 +204,6 @@ def _join(frame: Frame, target: Bytes, base: Buffer | None) -> None:
         if len(whole) != len(target):
             raise damaged("the base has the wrong size")
         old = whole[: count * width].view(WORD[width])
-    parts = [plane.fetch(p, count, f"plane{i}") for i, p in enumerate(frame.planes)]
     tail[:] = _bytes(frame.tail)
-    spare = SCRATCH.words("spare", min(BLOCK, count), width)
-    for start in range(0, count, BLOCK):
-        block = numbers[start : start + BLOCK]
-        planes.join(parts, start, block)
-        if old is not None:
-            words.undifference(block, old[start : start + BLOCK], spare[: len(block)])
-        elif frame.codec == "planes":
-            words.unrotate(block, spare[: len(block)])
+    parts = [plane.fetch(p, count, f"plane{i}") for i, p in enumerate(frame.planes)]
+    planes.join(parts, old, rotated=frame.codec == "planes", out=numbers)

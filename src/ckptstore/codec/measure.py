@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +14,17 @@ from ckptstore.codec.base import Bytes, Words
 #: A plane above this is stored as it is: coding it would cost time for less than 2 %.
 _DENSE_BITS = 7.9
 
+Counts: TypeAlias = npt.NDArray[np.intp]
+
 _RUNS = 32
-_RUN_WORDS = 256
+_RUN_WORDS = 128
 
 #: Share of zeros from which elements are cut to so many bits before coding; the densest rule that applies wins.
 _NARROW = ((0.85, 1), (0.5, 2), (0.2, 4))
 
 #: A lag must save this many bits per byte: summing it up again costs the reader time.
 _LAG_MARGIN_BITS = 0.2
+_MOST_STEPS = 0.79
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Trait:
         return (7 if self.is_even else 8 if self.is_dense else self.bits) / 8
 
 
+@lru_cache(maxsize=256)
 def positions(count: int) -> npt.NDArray[np.int64]:
     """Indices of the sample of ``count`` words: evenly spread runs, always the same; all of them when they are few."""
     if count <= _RUNS * _RUN_WORDS:
@@ -62,7 +68,8 @@ def positions(count: int) -> npt.NDArray[np.int64]:
 def traits(words: Words) -> list[Trait]:
     """One trait for each byte of the sampled ``words``, least significant first."""
     octets = words.view(np.uint8).reshape(-1, words.itemsize)
-    return [_trait(octets[:, i]) for i in range(words.itemsize)]
+    counts = _histograms(octets)
+    return [_trait(c, float(b)) for c, b in zip(counts, _entropies(counts), strict=True)]
 
 
 def cost(planes: list[Trait]) -> float:
@@ -71,42 +78,47 @@ def cost(planes: list[Trait]) -> float:
 
 
 def distinct(words: Words) -> float:
-    """Share of different words in a thinner sample."""
-    picked = np.sort(words[positions(len(words))[::4]])
-    return (np.count_nonzero(picked[1:] != picked[:-1]) + 1) / max(1, len(picked))
+    """Share of different words in a part of the sampled ``words``."""
+    part = np.sort(words[::4])
+    return (np.count_nonzero(part[1:] != part[:-1]) + 1) / max(1, len(part))
 
 
-def with_lag(trait: Trait, pairs: dict[int, tuple[Bytes, Bytes]]) -> Trait:
-    """The trait, with the lag that codes the plane best, if one is worth it.
+def with_lag(trait: Trait, lag: int, octets: Bytes, before: Bytes) -> Trait:
+    """The trait with this lag if it is better with it.
 
     Args:
-        trait: the plane without lag.
-        pairs: lag -> (some of the plane's bytes, the bytes so far before each of them).
+        trait: the plane as far as is known: without lag, or with the best one so far.
+        lag: the one to judge.
+        octets: some of the plane's bytes.
+        before: for each, the byte so far before it.
     """
-    best = trait
-    for lag, (octets, before) in pairs.items():
-        bits = _entropy(np.bincount(octets - before, minlength=256))
-        if bits < min(best.bits, trait.bits - _LAG_MARGIN_BITS):
-            best = Trait(bits, lag=lag)
-    return best
+    steps = octets - before
+    # Exponents that follow the earlier ones mostly equal them; without that the full count is not worth its time.
+    if np.count_nonzero(steps) > _MOST_STEPS * len(steps):
+        return trait
+    bits = float(_entropies(_histograms(steps[:, None]))[0])
+    margin = 0 if trait.lag else _LAG_MARGIN_BITS
+    return Trait(bits, lag=lag) if bits < trait.bits - margin else trait
 
 
-def _trait(octets: Bytes) -> Trait:
-    counts = np.bincount(octets, minlength=256)
-    bits = _entropy(counts)
+def _trait(counts: Counts, bits: float) -> Trait:
     if bits > _DENSE_BITS:
         return Trait(bits, is_dense=True)
-    if not counts[1::2].any() and bits > _DENSE_BITS - 1:
+    if bits > _DENSE_BITS - 1 and not counts[1::2].any():
         return Trait(bits, is_dense=True, is_even=True)
-    zeros = counts[0] / max(1, len(octets))
+    zeros = counts[0] / max(1, counts.sum())
     return Trait(bits, narrow_bits=next((n for share, n in _NARROW if zeros >= share), 0))
 
 
-def _entropy(counts: npt.NDArray[np.intp]) -> float:
-    total = int(counts.sum())
-    if not total:
-        return 0.0
-    seen = counts[counts > 0]
-    bits = float(np.log2(total) - (seen * np.log2(seen)).sum() / total)
+def _histograms(octets: Bytes) -> Counts:
+    """Counts of each value in each column."""
+    return np.stack([np.bincount(octets[:, i], minlength=256) for i in range(octets.shape[1])])
+
+
+def _entropies(counts: Counts) -> npt.NDArray[np.float64]:
+    """Bits per byte for each row of counts."""
+    total = np.maximum(1, counts.sum(axis=1))
+    bits = np.log2(total) - (counts * np.log2(np.maximum(counts, 1))).sum(axis=1) / total
     # Miller-Madow: a finite sample looks more orderly than its source.
-    return bits + (len(seen) - 1) / (2 * total * float(np.log(2)))
+    seen = np.count_nonzero(counts, axis=1)
+    return np.asarray(bits + np.maximum(0, seen - 1) / (2 * total * np.log(2)))

@@ -2,8 +2,8 @@
 
 An :class:`Agreement` owns a gloo group of its own, made at the first use and never registered with
 ``torch.distributed``, so a store neither depends on the job's backend nor adds to its list of groups. Every wait has
-the deadline. A peer that died, hangs or is late becomes a
-:class:`~ckptstore.errors.SaveFailedError` naming its rank on every survivor; what the backend raised is only its cause. After that the group is made anew, so the next save works.
+the deadline. A peer that died, hangs or is late becomes a :class:`~ckptstore.errors.SaveFailedError` naming its rank on
+every survivor; what the backend raised is only its cause. After that the group is made anew, so the next save works.
 """
 
 from __future__ import annotations
@@ -154,6 +154,10 @@ class Agreement:
             combined = type(first)(f"{where}: {first.message}", hint=first.hint, **context)
             raise combined from error
         raise first
+
+    def job_store(self) -> Any:
+        """A client of its own to the job's key-value store, for one thread. Local; needs ``torch.distributed``."""
+        return _job_store(self.deadline_s)
 
     def close(self) -> None:
         """Let go of the group. Local; peers that still wait for this rank are told at once."""

@@ -203,7 +203,7 @@ _PLAIN = frozenset({torch.Tensor, nn.Parameter})
 
 
 def _unchanged(tensor: torch.Tensor, old: BoundTensor) -> torch.Tensor | None:
-    """The local memory if everything a :class:`BoundTensor` says about the tensor would come out the same, else None."""
+    """The local memory if all that a :class:`BoundTensor` says of the tensor would come out the same, else None."""
     cls = type(tensor)
     if cls is DTensor or cls not in _PLAIN:
         if cls is not DTensor or tensor._spec is not old.spec:  # type: ignore[attr-defined]

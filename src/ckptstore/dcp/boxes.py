@@ -24,6 +24,14 @@ _DTYPE_NAMES: dict[torch.dtype, str] = {}
 _HINT = "leave it out of the state, or turn it into a plain tensor first"
 
 
+#: Sub-byte integers and bit fields: torch stores a byte for each and has no kernel that copies them.
+_BYTE_LIKE = frozenset(
+    getattr(torch, name)
+    for name in (*(f"{sign}int{n}" for sign in ("", "u") for n in range(1, 8)), "bits8", "bits1x8", "bits2x4", "bits4x2")
+    if hasattr(torch, name)
+)
+
+
 class Box(NamedTuple):
     """A rank's part of a global tensor. ``local`` is the live memory, possibly strided, shaped like ``shape``."""
 
@@ -55,6 +63,11 @@ def dtype_of(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise StateError(f"this torch ({torch.__version__}) has no dtype {name!r}", hint="upgrade torch", key=name)
     return dtype
+
+
+def copyable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or the same memory as bytes where torch can't copy its dtype."""
+    return tensor.view(torch.uint8) if tensor.dtype in _BYTE_LIKE else tensor
 
 
 def box_of(key: str, tensor: torch.Tensor) -> Box:

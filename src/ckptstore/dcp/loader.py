@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from ckptstore.dcp.agreement import Agreement
-from ckptstore.dcp.boxes import dtype_of
+from ckptstore.dcp.boxes import copyable, dtype_of
 from ckptstore.dcp.geometry import Shape, boxes_of_run, is_run, overlap
-from ckptstore.dcp.stored import ChunkSource, StoredState
+from ckptstore.dcp.stored import ChunkSource
 from ckptstore.dcp.target import Matched, Matcher, Slot
 from ckptstore.errors import CkptError, IncompleteCheckpointError, LoadMismatchError
 from ckptstore.format.manifest import Piece
@@ -63,18 +63,16 @@ def load_into(
     """
     ranks = agreement or Agreement.alone()
     rank = ranks.rank if agreement is not None else rank
-    matched: Matched | None = None
-    stored: StoredState | None = None
+    matcher: Matcher | None = None
     error: CkptError | None = None
     try:
-        stored = StoredState(source, rank=rank, keys=frozenset(state) | frozenset(map(str, state)), rename=rename)
-        matched = Matcher(state, source, stored, rank=rank, only=only, strict=strict).match()
+        matcher = Matcher(state, source, rank=rank, only=only, rename=rename, strict=strict)
+        matched = matcher.match()
         error = _mismatch(matched, strict=strict)
     except CkptError as refused:
         error = refused
     ranks.together(error, what="comparing the target with the checkpoint")
-    assert matched is not None
-    assert stored is not None
+    assert matcher is not None
 
     reading = _Reading(source, matched.slots)
     try:
@@ -89,7 +87,7 @@ def load_into(
         missing=tuple(matched.missing),
         unexpected=tuple(matched.unexpected),
         cast=matched.cast,
-        renamed=stored.renamed,
+        renamed=matcher.renamed,
         bytes_by_source=dict(reading.bytes_by_source),
         repaired=tuple(getattr(source, "repaired", ())),
     )
@@ -314,7 +312,7 @@ def _scatter(part: _Part, start: int, chunk: torch.Tensor) -> None:
         where, extent = common
         source = run[tuple(slice(w - o, w - o + e) for w, o, e in zip(where, offsets, extent, strict=True))]
         target = box.local[tuple(slice(w + s, w + s + e) for w, s, e in zip(where, shift, extent, strict=True))]
-        target.copy_(source)
+        copyable(target).copy_(copyable(source))
 
 
 def _bytes_at(address: int, size: int) -> memoryview:

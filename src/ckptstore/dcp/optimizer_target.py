@@ -77,7 +77,7 @@ class _Match:
         names, state = set(self._stored_names.all), self._optimizer.state
         for left, entry in self._state.items():
             if left in names:
-                self._m.unexpected(f"{self._key}.state.{left}", entry)
+                self._m.unexpected(f"{self._key}.state.{left}")
             else:  # an optimizer's own bookkeeping
                 self._m.put(f"{self._key}.state.{left}", entry, partial(state.__setitem__, left))
 

@@ -16,6 +16,7 @@ import xxhash
 
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.binder import Binding
+from ckptstore.dcp.boxes import copyable
 from ckptstore.dcp.planner import Plan
 from ckptstore.errors import StateError
 from ckptstore.format import tree
@@ -110,7 +111,7 @@ def _digest_of(binding: Binding, looked_at: Iterable[tuple[int, int, int | None]
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
     with torch.no_grad():
         for index, start, count in looked_at:
-            flat = binding.locals[index].detach().reshape(-1)
+            flat = copyable(binding.locals[index].detach()).reshape(-1)
             if count is not None:
                 flat = flat[start : start + count]
             if flat.nbytes > SMALL_BYTES:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ckptstore.dcp.binder import Binding
+from ckptstore.dcp.boxes import copyable
 from ckptstore.dcp.planner import Plan
 
 #: Below this a second thread costs more than it saves.
@@ -68,7 +69,7 @@ class Stage:
             size = target.nbytes
             if size:
                 total += size
-                source = locals_[index]
+                source = copyable(locals_[index])
                 (cuda if source.is_cuda else host).append(_Copy(target, source, size))
         with torch.no_grad():
             if cuda:
@@ -88,7 +89,7 @@ class Stage:
             for index, start in zip(self._plan.indexes, self._starts, strict=True):
                 bound = binding.tensors[index]
                 target = whole[start : start + bound.size_bytes].view(bound.torch_dtype)
-                targets.append(target.view(bound.local_shape if bound.size_bytes else bound.shape))
+                targets.append(copyable(target.view(bound.local_shape if bound.size_bytes else bound.shape)))
         return targets
 
 

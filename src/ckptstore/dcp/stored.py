@@ -71,10 +71,17 @@ class StoredState:
         rank: whose ``per_rank`` values; rank r of a larger world gets those of rank r modulo the stored world.
         keys: top-level keys to decode; None: all.
         rename: stored prefix -> target prefix of dotted names.
+        allocate: gives a real tensor for (top-level key, stored name) where a stub could not be found again.
     """
 
     def __init__(
-        self, source: ChunkSource, *, rank: int, keys: frozenset[Any] | None, rename: Mapping[str, str] | None = None
+        self,
+        source: ChunkSource,
+        *,
+        rank: int,
+        keys: frozenset[Any] | None,
+        rename: Mapping[str, str] | None = None,
+        allocate: Callable[[Any, str], object] | None = None,
     ) -> None:
         self._source = source
         self.renamed: dict[str, str] = {}
@@ -84,15 +91,26 @@ class StoredState:
         self._subtrees = tree.subtrees(encoded)
         own = source.per_rank(rank % source.root.summary.world_size)
         self._own = tree.subtrees(own) if own is not None else {}
-        wanted = [key for key in self._subtrees if keys is None or key in keys or rename]
-        #: stored tensors below each top-level key, as the tree refers to them
-        self.refs: dict[Any, set[str]] = {}
         self.values: dict[Any, Any] = {}
-        for key in wanted:
-            self.refs[key] = set()
-            self.values[key] = self.decode(key, self._stub_into(self.refs[key]))
-        for old, new in (rename or {}).items():
-            self._rename(old, new)
+        for key in self._subtrees:
+            if keys is None or key in keys or rename:
+                self.values[key] = self._with_stubs(key, allocate)
+        if rename:
+            self._rename(rename)
+
+    def _with_stubs(self, key: Any, allocate: Callable[[Any, str], object] | None) -> Any:
+        names: set[str] = set()
+
+        def stub(name: str) -> Stub:
+            names.add(name)
+            return Stub(name)
+
+        value = self.decode(key, stub)
+        hidden = names - visible_stubs(value)
+        if hidden and allocate is not None:
+            # Tensors inside objects nobody can look into (a dataclass, an array): those are decoded with real ones.
+            value = self.decode(key, lambda name: allocate(key, name) if name in hidden else Stub(name))
+        return value
 
     @property
     def keys(self) -> list[Any]:
@@ -114,23 +132,38 @@ class StoredState:
 
         return tree.decode(self._subtrees[key], leaf, trusted="loaded", unknown="opaque")
 
-    @staticmethod
-    def _stub_into(names: set[str]) -> Callable[[str], Stub]:
-        def stub(name: str) -> Stub:
-            names.add(name)
-            return Stub(name)
+    def _rename(self, rename: Mapping[str, str]) -> None:
+        """Move what lies below each stored prefix to its new one; all at once, the longest prefix wins."""
+        moves: list[tuple[str, Any]] = []
+        taken: list[tuple[str, str, Any]] = []
+        for old in sorted(rename, key=len, reverse=True):
+            for key in list(self.values):
+                moves.extend((old, path) for path in list(_paths_below(self.values, (key,), old)))
+            for _, path in moves:
+                stored = dotted(path)
+                new = rename[old] + stored[len(old) :] if stored.startswith(old) else rename[old].removesuffix(".")
+                taken.append((stored, new, _take(self.values, path)))
+            moves.clear()
+        for stored, new, value in taken:
+            self.renamed[stored] = new
+            _put(self.values, new, value)
 
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """The path as names and messages say it."""
+    return ".".join(map(str, path))
+
+
+def visible_stubs(value: Any) -> set[str]:
+    """Names of the stubs :func:`substitute` would find."""
+    names: set[str] = set()
+
+    def note(stub: Stub) -> Stub:
+        names.add(stub.name)
         return stub
 
-    def _rename(self, old: str, new: str) -> None:
-        """Move what lies below the dotted prefix ``old`` to ``new``."""
-        for key in list(self.values):
-            for path in list(_paths_below(self.values, (key,), old)):
-                value = _take(self.values, path)
-                stored = ".".join(map(str, path))
-                target = new + stored[len(old) :] if stored.startswith(old) else new.removesuffix(".")
-                self.renamed[stored] = target
-                _put(self.values, target, value)
+    substitute(value, note)
+    return names
 
 
 class _Missing:
@@ -147,7 +180,7 @@ def _paths_below(root: Any, path: tuple[Any, ...], prefix: str) -> Iterator[tupl
     value = root
     for key in path:
         value = value[key]
-    name = ".".join(map(str, path))
+    name = dotted(path)
     if name.startswith(prefix) or name + "." == prefix or name == prefix:
         yield path
     elif prefix.startswith(name + ".") and isinstance(value, dict):

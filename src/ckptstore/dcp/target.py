@@ -21,7 +21,7 @@ from ckptstore.dcp import modules
 from ckptstore.dcp.boxes import Box, box_of, dtype_name, dtype_of
 from ckptstore.dcp.markers import PerRank, Trainable
 from ckptstore.dcp.optimizer_target import match_optimizer
-from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub, flatten, look_up, substitute
+from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub, dotted, flatten, look_up, substitute
 from ckptstore.dcp.walk import Walk, is_stateful
 from ckptstore.errors import FormatError, LoadMismatchError, StateError
 from ckptstore.format import tree
@@ -56,19 +56,6 @@ class Matched:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     cast: dict[str, tuple[str, str]] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
-    matched_any: bool = False
-
-    def add(self, other: Matched) -> None:
-        """Take in what was found elsewhere."""
-        self.slots += other.slots
-        self.actions += other.actions
-        self.missing += other.missing
-        self.unexpected += other.unexpected
-        self.mismatched += other.mismatched
-        self.cast.update(other.cast)
-        self.seen |= other.seen
-        self.matched_any |= other.matched_any
 
 
 class Matcher:
@@ -84,58 +71,42 @@ class Matcher:
         self,
         state: Mapping[Any, Any],
         source: ChunkSource,
-        stored: StoredState,
         *,
-        rank: int,
+        rank: int = 0,
         only: Iterable[str] = (),
+        rename: Mapping[str, str] | None = None,
         strict: bool = True,
     ) -> None:
         self.source = source
         self.strict = strict
         self.walk = Walk(rank, state, {})
         self.found = Matched()
-        self.renamed = stored.renamed
         self._state = state
-        self._stored = stored
         self._only = tuple(only)
-        self._new_slots: list[Slot] = []
+        self._matched_any = False
+        keys = frozenset(state) | frozenset(map(str, state))
+        self._stored = StoredState(source, rank=rank, keys=keys, rename=rename, allocate=self._allocate_hidden)
+        self.renamed = self._stored.renamed
 
     def match(self) -> Matched:
         """Walk everything the target names."""
-        total = Matched()
         for key in list(self._state):
-            stored_key = key if key in self._stored.values else str(key)
-            found = self._match_key(key, self._stored.values.get(stored_key, MISSING))
-            hidden = {
-                name for name in self._stored.refs.get(stored_key, set()) - found.seen if self.wants(str(key), name)
-            }
-            if (
-                hidden
-            ):  # tensors inside objects the walk can't look into, such as a dataclass: decode those with real ones
-                found = self._match_key(key, self._decode_with(stored_key, key, hidden))
-            total.add(found)
-        if self._only and not total.matched_any:
-            total.mismatched.append(f"only={list(self._only)} matches nothing in this checkpoint and target")
-        return total
-
-    def _match_key(self, key: Any, stored: Any) -> Matched:
-        new = self._new_slots
-        self.found, self._new_slots = Matched(slots=new), []
-        self.fill((key,), self._state[key], stored, self._replacer(self._state, key))
+            stored = self._stored.values
+            value = stored[key] if key in stored else stored.get(str(key), MISSING)
+            self.fill((key,), self._state[key], value, self._replacer(self._state, key))
+        if self._only and not self._matched_any:
+            self.found.mismatched.append(f"only={list(self._only)} matches nothing in this checkpoint and target")
         return self.found
 
-    def _decode_with(self, stored_key: Any, key: Any, hidden: set[str]) -> Any:
-        def tensor(name: str) -> object:
-            return self._allocate(str(key), name, self._new_slots) if name in hidden else Stub(name)
-
-        return self._stored.decode(stored_key, tensor)
+    def _allocate_hidden(self, key: Any, name: str) -> object:
+        return self._allocate(str(key), name) if self.wants(str(key), name) else Stub(name)
 
     def wants(self, *names: str) -> bool:
         """Whether ``only`` lets one of these through."""
         if not self._only:
             return True
         wanted = any(fnmatchcase(name, glob) for name in names for glob in self._only)
-        self.found.matched_any |= wanted
+        self._matched_any |= wanted
         return wanted
 
     # -- one value ----------------------------------------------------------------------------------------------------
@@ -166,7 +137,6 @@ class Matcher:
 
     def slot(self, key: str, tensor: torch.Tensor, stub: Stub) -> bool:
         """Fill ``tensor`` with a stored one if shapes and dtypes agree. Returns whether it will be."""
-        self.found.seen.add(stub.name)
         if not self.wants(key, stub.name):
             return False
         meta = self.source.tensors[stub.name]
@@ -192,7 +162,6 @@ class Matcher:
     def put(self, key: str, stored: Any, replace: Replace) -> None:
         """Put a stored value in place once all is read, tensors in it included."""
         if not isinstance(stored, Stub) and not self.wants(key):
-            self._see(stored)
             return
         if isinstance(stored, tree.Opaque):
             raise FormatError(
@@ -208,17 +177,14 @@ class Matcher:
         """``stored`` with new CPU tensors for its stubs; MISSING if it is a tensor nobody wants."""
 
         def allocate(stub: Stub) -> Any:
-            self.found.seen.add(stub.name)
-            if not self.wants(key, stub.name):
-                return MISSING
-            return self._allocate(key, stub.name, self.found.slots)
+            return self._allocate(key, stub.name) if self.wants(key, stub.name) else MISSING
 
         return substitute(stored, allocate)
 
-    def _allocate(self, key: str, name: str, slots: list[Slot]) -> torch.Tensor:
+    def _allocate(self, key: str, name: str) -> torch.Tensor:
         meta = self.source.tensors[name]
         new = torch.empty(meta.shape, dtype=dtype_of(meta.dtype))
-        slots.append(Slot(key, name, Box(new, meta.shape, (0,) * len(meta.shape), meta.shape)))
+        self.found.slots.append(Slot(key, name, Box(new, meta.shape, (0,) * len(meta.shape), meta.shape)))
         return new
 
     def miss(self, path: Path, target: Any) -> None:
@@ -237,9 +203,8 @@ class Matcher:
         if self.wants(key):
             self.found.missing.append(key)
 
-    def unexpected(self, key: str, stored: Any) -> None:
+    def unexpected(self, key: str) -> None:
         """The target has nothing for this."""
-        self._see(stored)
         if self.wants(key):
             self.found.unexpected.append(key)
 
@@ -293,8 +258,8 @@ class Matcher:
                     self.note_missing(dotted((*path, fqn)))
         for name in skipped:
             flat.take(name)
-        for name, value in flat.left():
-            self.unexpected(dotted((*path, name)), value)
+        for name in flat.left():
+            self.unexpected(dotted((*path, name)))
 
     def _fill_flat(self, path: Path, fqn: str, target: Any, flat: Flat, replace: Replace | None) -> bool:
         """Fill one entry of a module; False if nothing is stored for it."""
@@ -323,9 +288,9 @@ class Matcher:
             below, came_from = look_up(stored, name)
             used.update(came_from)
             self.fill((*path, name), target[name], below, self._replacer(target, name))
-        for name, value in stored.items():
+        for name in stored:
             if name not in used:
-                self.unexpected(dotted((*path, name)), value)
+                self.unexpected(dotted((*path, name)))
 
     def _fill_sequence(self, path: Path, target: Any, stored: Any, replace: Replace) -> None:
         if not isinstance(stored, (list, tuple)):
@@ -336,7 +301,7 @@ class Matcher:
             item = stored[index] if index < len(stored) else MISSING
             self.fill((*path, index), below, item, self._replacer(new, index))
         for index in range(len(target), len(stored)):
-            self.unexpected(dotted((*path, index)), stored[index])
+            self.unexpected(dotted((*path, index)))
         if new is not target:
             self.found.actions.append((dotted(path), lambda: self._replace_tuple(target, new, replace)))
 
@@ -349,7 +314,6 @@ class Matcher:
     def fill_stateful(self, path: Path, target: Any, stored: Any) -> None:
         key = dotted(path)
         if not self.wants(key, key + ".*"):
-            self._see(stored)
             return
         only, self._only = self._only, ()
         try:
@@ -406,13 +370,6 @@ class Matcher:
 
         return refill
 
-    def _see(self, stored: Any) -> None:
-        def note(stub: Stub) -> Stub:
-            self.found.seen.add(stub.name)
-            return stub
-
-        substitute(stored, note)
-
 
 class Flat:
     """Stored values by flat name, each taken once; wrapper segments in names don't matter."""
@@ -429,14 +386,9 @@ class Flat:
             self._bare = {modules.strip_wrappers(name): name for name in self._values}
         return self._values.pop(self._bare.get(modules.strip_wrappers(fqn), fqn), MISSING)
 
-    def left(self) -> list[tuple[str, Any]]:
-        """What nobody took."""
-        return list(self._values.items())
-
-
-def dotted(path: Path) -> str:
-    """The path as names and messages say it."""
-    return ".".join(map(str, path))
+    def left(self) -> list[str]:
+        """Names nobody took."""
+        return list(self._values)
 
 
 def has_fillable(value: Any) -> bool:

@@ -63,7 +63,7 @@ class Timeline:
     """What a person sees: seconds since the start, and a sentence."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, soft_wrap=True)
         self.began = time.monotonic()
         self.failures: list[str] = []
 
@@ -188,7 +188,9 @@ def play(stage: Stage) -> None:
     """The six acts."""
     timeline, work = stage.timeline, stage.work
     local = work / "node-a"
-    timeline.say(f"S3 server is up: [bold]{stage.remote.split('?')[0]}[/bold] (SigV4, conditional writes, on loopback)")
+    timeline.say(
+        f"S3 server is up: [bold]{stage.remote.partition('?')[0]}[/bold] (SigV4, conditional writes, on loopback)"
+    )
 
     timeline.say(f"reference: a 10.8 M-parameter GPT, FSDP2 on 2 ranks, {STEPS} steps on real text, nothing saved")
     reference = stage.finish("reference", 2)

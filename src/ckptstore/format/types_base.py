@@ -209,10 +209,11 @@ def are_verbatim(values: Sequence[Any]) -> bool:
             return all(map(math.isfinite, values))
         if kind is int:
             return bool(min(values) >= -SAFE_INT and max(values) <= SAFE_INT)
-    return all(map(_is_verbatim, values))
+    return all(map(is_verbatim, values))
 
 
-def _is_verbatim(value: Any) -> bool:
+def is_verbatim(value: Any) -> bool:
+    """This scalar stands for itself."""
     cls = type(value)
     if cls is float:
         return math.isfinite(value)
@@ -223,7 +224,7 @@ def _is_verbatim(value: Any) -> bool:
 
 def encode_scalar(value: Any, path: Path) -> Any:
     """The node of a scalar: itself, or text that keeps every bit of it."""
-    if _is_verbatim(value):
+    if is_verbatim(value):
         return value
     if type(value) is int:
         if value.bit_length() > MAX_INT_BITS:

@@ -28,6 +28,7 @@ from ckptstore.format.types_base import (
     are_verbatim,
     encode_scalar,
     find_codec,
+    is_verbatim,
     load_late,
     malformed,
     refuse,
@@ -70,9 +71,11 @@ class Encoder:
 
     def values(self, values: Sequence[object], path: Path) -> list[Any]:
         """Nodes of a sequence; fast for long runs of plain numbers."""
-        if are_verbatim(values):
+        if set(map(type, values)) <= SCALARS:
             self._counted(len(values), path)
-            return list(values)
+            if are_verbatim(values):
+                return list(values)
+            return [v if is_verbatim(v) else encode_scalar(v, (*path, i)) for i, v in enumerate(values)]
         return [self.value(v, (*path, i)) for i, v in enumerate(values)]
 
     def pairs(self, items: Iterable[tuple[Key, object]], path: Path) -> list[Any]:

@@ -33,27 +33,30 @@ from ckptstore.format.types_base import (
 from ckptstore.format.types_engine import Decoder, Encoder
 
 _MAX_NDIM = 64
+_MAX_DTYPE_DEPTH = 16
 _MAX_FIELDS = 4096
 _MAX_ITEMSIZE = 1 << 24
 #: The array interface's spelling only: never a name, a comma list or an object.
-_DTYPE_TEXT = re.compile(r"[<>|][biufcmMSUV][0-9]{1,8}(\[[0-9]{0,9}[A-Za-z]{1,3}\])?|[<>][mM]8")
+_DTYPE_TEXT = re.compile(r"[<>|][biufcmMSUV][0-9]{1,8}(\[[0-9]{0,9}[A-Za-z]{1,3}\])?")
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
-def _dtype_node(dtype: np.dtype[Any], path: Path) -> Any:
+def _dtype_node(dtype: np.dtype[Any], path: Path, depth: int = 0) -> Any:
+    if depth > _MAX_DTYPE_DEPTH or dtype.itemsize > _MAX_ITEMSIZE or len(dtype.names or ()) > _MAX_FIELDS:
+        refuse(path, "its dtype is too large", "store its fields apart")
     if dtype.metadata:
         refuse(path, "its dtype carries metadata", "drop it with array.astype(np.dtype(array.dtype.str))")
     if dtype.subdtype is not None:
         base, shape = dtype.subdtype
-        return {"of": _dtype_node(base, path), "shape": list(shape)}
+        return {"of": _dtype_node(base, path, depth + 1), "shape": list(shape)}
     if dtype.names is not None and dtype.fields is not None:
         fields = []
         for name in dtype.names:
             field = dtype.fields[name]
             if len(field) > 2:
                 refuse(path, f"field {name!r} of its dtype has a title", "make the dtype without titles")
-            fields.append([name, _dtype_node(field[0], path), field[1]])
+            fields.append([name, _dtype_node(field[0], path, depth + 1), field[1]])
         return {"fields": fields, "size": dtype.itemsize, "aligned": dtype.isalignedstruct}
     if dtype.kind not in "biufcmMSUV" or np.dtype(dtype.str) != dtype:
         refuse(path, f"its dtype {dtype!r} has no stored form", "convert it with astype, or to a list")
@@ -61,17 +64,10 @@ def _dtype_node(dtype: np.dtype[Any], path: Path) -> Any:
 
 
 def _dtype(node: Any, path: Path, depth: int = 0) -> np.dtype[Any]:
-    if depth > 16:
+    if depth > _MAX_DTYPE_DEPTH:
         malformed(path, "a dtype is too deep")
     if type(node) is str:
-        # The array interface's spelling only: never a name, a comma list or an object.
-        if (
-            not node[:1]
-            or node[0] not in "<>|="
-            or node[1:2] not in tuple("biufcmMSUV")
-            or "," in node
-            or len(node) > 40
-        ):
+        if not _DTYPE_TEXT.fullmatch(node):
             malformed(path, f"unknown dtype {node!r:.60}")
         dtype = np.dtype(node)
     elif type(node) is dict and "of" in node:

@@ -3,7 +3,8 @@
 A class is named in a file, so it is looked up, never imported, and an instance is its fields, put back without
 ``__init__``, ``__post_init__``, ``__new__``, validation or default factories of the class. Looking up reads the
 dictionaries of modules that are loaded already, so not even a module's ``__getattr__`` runs. A class with ``__del__``
-is left alone, since made-up fields could steer that. Beyond this ``trusted`` decides, class by class.
+is left alone, since made-up fields could steer that. What remains are ``__hash__`` and ``__eq__``, which run when an
+instance is a key or an element of a set; so beyond this ``trusted`` decides, class by class.
 """
 
 from __future__ import annotations

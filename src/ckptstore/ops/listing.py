@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptstore.ops.open import Place, RunTiers
+from ckptstore.ops.transfer import stored_bytes
 from ckptstore.repo.catalog import Record
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.types import CheckpointInfo, StepLike
@@ -70,4 +71,5 @@ def show_checkpoint(tiers: RunTiers, step: StepLike, *, only: str | None = None)
     if only:
         rows = [row for row in rows if fnmatch.fnmatchcase(row.name, only)]
     summary = record.summary
-    return Details(record.info(), tuple(sorted(rows, key=lambda r: r.name)), dict(summary.versions), summary.num_nodes)
+    info = replace(record.info(), stored_bytes=stored_bytes(tiers.remotes, record))
+    return Details(info, tuple(sorted(rows, key=lambda r: r.name)), dict(summary.versions), summary.num_nodes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptstore.config import StoreConfig
@@ -13,6 +13,7 @@ from ckptstore.repo.catalog import Catalog, Record
 from ckptstore.repo.fetch import pull
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.progress import Progress
+from ckptstore.repo.remote import RemoteTier
 from ckptstore.repo.upload import PushResult, push
 from ckptstore.types import CheckpointInfo, StepLike
 
@@ -98,7 +99,17 @@ def restore(
     infos = [r.info() for r in found.records if r.summary.save_id == record.summary.save_id]
     if not infos:
         raise CheckpointNotFoundError(f"save {record.summary.save_id} is not in {folder} after the restore")
-    return Restored(infos[0], path, was_there)
+    info = replace(infos[0], stored_bytes=stored_bytes(sources, record))
+    return Restored(info, path, was_there)
+
+
+def stored_bytes(remotes: Sequence[RemoteTier], record: Record) -> int | None:
+    """Bytes this save added to the first of these remotes that has it; None if none has."""
+    for remote in remotes:
+        if remote.name in record.remote:
+            root = remote.root_manifest(record.remote[remote.name])
+            return sum(remote.remote_shard(record.save_id, ref).stored_bytes for ref in root.shards)
+    return None
 
 
 __all__ = ["Pushed", "Restored", "push_checkpoints", "restore"]

@@ -29,7 +29,6 @@ from ckptstore.errors import (
     NoSpaceError,
     NotFoundError,
     StorageError,
-    TransientError,
 )
 from ckptstore.format import stock
 from ckptstore.format.manifest import RootManifest, ShardManifest, ShardRef, digest
@@ -138,7 +137,8 @@ def _remote_root(remotes: list[RemoteTier], save: RemoteSave | str) -> RootManif
             return remote.root_manifest(save)
         except (StorageError, FormatError) as error:
             failures.append(error)
-    raise next((error for error in failures if isinstance(error, TransientError)), failures[0])
+    # A remote that could not be asked may have it: that comes before the verdict that it is nowhere.
+    raise next((error for error in failures if not isinstance(error, NotFoundError)), failures[0])
 
 
 def _is_here(path: Path, ref: ShardRef) -> bool:

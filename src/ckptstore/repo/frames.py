@@ -25,10 +25,13 @@ class Failures:
 
     def __init__(self) -> None:
         self.tried: list[str] = []
+        self.is_absent = True
+        """Nothing worse happened than that it is nowhere."""
         self._unavailable: StorageError | None = None
 
     def add(self, source: str, error: Exception) -> None:
         """Take note. Damage and absence are facts; being unreachable or refused is only the state of the moment."""
+        self.is_absent = self.is_absent and isinstance(error, NotFoundError)
         self.tried.append(f"{source}: {error.message if isinstance(error, CkptError) else error}")
         if not isinstance(error, StorageError) or isinstance(error, NotFoundError):
             return

@@ -16,7 +16,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
-from ckptstore.errors import CkptError, FormatError, IntegrityError, StorageError
+from ckptstore.errors import (
+    CkptError,
+    FormatError,
+    IncompleteCheckpointError,
+    IntegrityError,
+    NotFoundError,
+    StorageError,
+)
 from ckptstore.format.manifest import (
     Json,
     Piece,
@@ -57,6 +64,7 @@ class CheckpointReader:
 
     Raises:
         IntegrityError: no tier has manifests that fit together.
+        IncompleteCheckpointError: some ranks' parts are on other nodes, and there is no remote.
         TransientError: a tier that may have them can't be reached now.
         StorageError: ... or refuses.
     """
@@ -177,6 +185,7 @@ class CheckpointReader:
     def _open(self) -> tuple[RootManifest, dict[int, ShardManifest]]:
         """The first root manifest that fits its shard manifests, wherever each of them comes from."""
         failures = Failures()
+        incomplete: IncompleteCheckpointError | None = None
         for name, root in self._roots(failures):
             try:
                 with ThreadPoolExecutor(_MANIFEST_READERS) as pool:
@@ -189,6 +198,10 @@ class CheckpointReader:
                 return root, shards
             except (IntegrityError, FormatError, StorageError) as error:
                 failures.add(name, error)
+            except IncompleteCheckpointError as error:
+                incomplete = error
+        if incomplete is not None and not failures.tried:
+            raise incomplete
         step, save_id = self._summary.step, self._summary.save_id
         raise failures.error(f"the manifests of step {step}, save {save_id}", step=step, run=self._summary.run)
 
@@ -209,9 +222,18 @@ class CheckpointReader:
         if self._local is not None and self._save is not None:
             try:
                 return self._local.shard_manifest(self._save.path, ref)
+            except NotFoundError as error:
+                failures.add(LOCAL, error)
             except CkptError as error:
                 failures.add(LOCAL, IntegrityError(error.message))
         shard = self._chunks.shard(ref, failures)
+        if shard is None and failures.is_absent and not self._chunks.remotes:
+            raise IncompleteCheckpointError(
+                f"the part of rank {ref.rank}, step {self._summary.step}, is not here: it is on node {ref.node}",
+                hint="name a remote, or a file system that all nodes share",
+                rank=ref.rank,
+                step=self._summary.step,
+            )
         if shard is None:
             raise failures.error(f"the shard manifest of rank {ref.rank}", rank=ref.rank, step=self._summary.step)
         return shard

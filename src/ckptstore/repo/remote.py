@@ -1,31 +1,19 @@
-"""One run in one object store: names, documents, and the commit.
-
-Below the store's prefix::
-
-    ckptstore.json                                               marker: what this is, and in which version
-    names/<run>                                                  empty: this run exists
-    runs/<run>/intents/<save_id>.json                            from before the first pack until after the commit
-    runs/<run>/packs/<save_id>/<rank>-<blake3 of the pack>.pack
-    runs/<run>/shards/<save_id>/shard-<rank>.json                RemoteShard: where each chunk of one rank lies
-    runs/<run>/summaries/<timeline>-<step>-<save_id>.json        what `list` shows
-    runs/<run>/commits/<timeline>-<step>-<save_id>.json          root manifest: THE commit point
-    runs/<run>/timelines/<number>.json
-    runs/<run>/pins/<save_id>
+"""One run in one object store: its documents and the commit. Names are in :mod:`ckptstore.repo.remote_names`.
 
 Every document is created once, by conditional create, and never changed. A create that finds the name taken compares
 bytes: equal ones are our own request whose answer was lost, or a colleague's who computed the same pure function.
-Listings of ``commits/`` are the only catalogue. Names that don't follow this grammar are somebody else's and ignored.
+The listing of ``commits/`` is the only catalogue.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import Literal
 
 from blake3 import blake3
+from pydantic import Field
 
 from ckptstore.blob.base import BlobStore, Buffer, ObjectInfo
 from ckptstore.errors import (
@@ -44,8 +32,6 @@ from ckptstore.format.manifest import (
     FORMAT_VERSION,
     MAX_MANIFEST_BYTES,
     MAX_SUMMARY_BYTES,
-    RUN_PATTERN,
-    SAVE_ID_PATTERN,
     Document,
     RemoteShard,
     RootManifest,
@@ -57,56 +43,21 @@ from ckptstore.format.manifest import (
     root_of,
     strong_digest,
 )
-from ckptstore.repo.names import check_save_id
+from ckptstore.repo import names
 from ckptstore.repo.packs import check_remote_shard, pack_name
+from ckptstore.repo.remote_names import MARKER, RemoteSave, parse_shard_name, shard_key
 
-MARKER = "ckptstore.json"
+__all__ = ["MARKER", "RemoteSave", "RemoteTier", "runs"]
 
 #: Remote shard manifests remembered per remote; a node with 8 ranks needs 16 to know its last two saves.
 CACHED_SHARDS = 32
-
-_COMMIT = re.compile(rf"([0-9]{{8,}})-([0-9]{{12,}})-({SAVE_ID_PATTERN})\.json")
-_SHARD = re.compile(r"shard-([0-9]{5,6})\.json")
 
 
 class Marker(Document):
     """What lies at the top of every store."""
 
-    format: str = FORMAT
-    version: int = FORMAT_VERSION
-
-
-@dataclass(frozen=True, order=True)
-class RemoteSave:
-    """A committed save as its name in ``commits/`` tells it; sorts in the order of the run."""
-
-    timeline: int
-    step: int
-    save_id: str
-
-    @property
-    def name(self) -> str:
-        """``<timeline>-<step>-<save_id>.json``, fixed width, so that text sorts as the run does."""
-        return f"{self.timeline:08d}-{self.step:012d}-{self.save_id}.json"
-
-    @property
-    def key(self) -> str:
-        """Key of the root manifest below the run's prefix."""
-        return f"commits/{self.name}"
-
-    @classmethod
-    def parse(cls, name: str) -> RemoteSave | None:
-        """The save of this name, or None for any name this store would not have written."""
-        match = _COMMIT.fullmatch(name)
-        if match is None:
-            return None
-        save = cls(int(match.group(1)), int(match.group(2)), match.group(3))
-        return save if save.name == name else None
-
-    @classmethod
-    def of(cls, summary: Summary) -> RemoteSave:
-        """The save this summary is about."""
-        return cls(summary.timeline, summary.step, summary.save_id)
+    format: Literal["ckptstore"] = "ckptstore"
+    version: int = Field(default=FORMAT_VERSION, ge=1)
 
 
 def runs(blob: BlobStore) -> list[str]:
@@ -115,8 +66,8 @@ def runs(blob: BlobStore) -> list[str]:
     Raises:
         NoStoreError: the bucket is missing.
     """
-    names = (info.key.removeprefix("names/") for info in blob.list("names/"))
-    return sorted(name for name in names if re.fullmatch(RUN_PATTERN, name))
+    found = (info.key.removeprefix("names/") for info in blob.list("names/"))
+    return sorted(name for name in found if names.is_run(name))
 
 
 class RemoteTier:
@@ -192,7 +143,7 @@ class RemoteTier:
             FormatError: it is damaged or another save's.
         """
         try:
-            data = self._get(f"summaries/{save.name}", MAX_SUMMARY_BYTES)
+            data = self._get(save.summary_key, MAX_SUMMARY_BYTES)
         except NoStoreError:
             raise
         except NotFoundError:
@@ -236,7 +187,7 @@ class RemoteTier:
             FormatError: it is damaged.
             IntegrityError: it is not the one that was committed.
         """
-        document = self._decode_shard(self._get(_shard_key(save_id, ref.rank), MAX_MANIFEST_BYTES), save_id, ref.rank)
+        document = self._decode_shard(self._get(shard_key(save_id, ref.rank), MAX_MANIFEST_BYTES), save_id, ref.rank)
         if strong_digest(document.shard.encode()) != ref.manifest_digest:
             raise IntegrityError(
                 f"the shard manifest of rank {ref.rank}, save {save_id}, on {self.name} is not the committed one",
@@ -264,7 +215,7 @@ class RemoteTier:
     def find_shard(self, save_id: str, rank: int) -> RemoteShard | None:
         """The remote shard manifest of this rank, committed or not; None when it is proven absent."""
         try:
-            data = self._get(_shard_key(save_id, rank), MAX_MANIFEST_BYTES)
+            data = self._get(shard_key(save_id, rank), MAX_MANIFEST_BYTES)
         except NoStoreError:
             raise
         except NotFoundError:
@@ -340,10 +291,10 @@ class RemoteTier:
         """
         save_id, rank = document.shard.save_id, document.shard.rank
         if replace:
-            self.blob.put(self._prefix + _shard_key(save_id, rank), document.encode())
+            self.blob.put(self._prefix + shard_key(save_id, rank), document.encode())
             return document
         try:
-            self.blob.put(self._prefix + _shard_key(save_id, rank), document.encode(), if_absent=True)
+            self.blob.put(self._prefix + shard_key(save_id, rank), document.encode(), if_absent=True)
         except CheckpointExistsError:
             earlier = self.find_shard(save_id, rank)
             if earlier is None or earlier.shard != document.shard:
@@ -371,8 +322,8 @@ class RemoteTier:
             ConflictError: another root manifest was committed under this name.
         """
         prefix = f"{self._prefix}shards/{save_id}/"
-        matches = (_SHARD.fullmatch(info.key.removeprefix(prefix)) for info in self.blob.list(prefix))
-        listed = {int(match.group(1)) for match in matches if match is not None}
+        ranks = (parse_shard_name(info.key.removeprefix(prefix)) for info in self.blob.list(prefix))
+        listed = {rank for rank in ranks if rank is not None}
         shards = {shard.rank: shard for shard in known if shard.rank in listed}
         for rank in sorted(listed - set(shards)):
             if shards and len(listed) < next(iter(shards.values())).world_size:
@@ -384,7 +335,7 @@ class RemoteTier:
             return None
         root = self._root_of(save_id, shards)
         save = RemoteSave.of(root.summary)
-        self._create_once(f"{self._prefix}summaries/{save.name}", root.summary.encode())
+        self._create_once(self._prefix + save.summary_key, root.summary.encode())
         self._create_once(self._prefix + save.key, root.encode())
         self.forget_intent(save_id)
         return root
@@ -402,7 +353,7 @@ class RemoteTier:
         """Take this timeline number; False when somebody else has it."""
         self.create()
         try:
-            self._create_once(f"{self._prefix}timelines/{number:08d}.json", record)
+            self._create_once(f"{self._prefix}timelines/{names.timeline_file(number)}", record)
         except ConflictError:
             return False
         return True
@@ -410,22 +361,22 @@ class RemoteTier:
     def timelines(self) -> list[int]:
         """Numbers taken so far, ascending; one LIST."""
         prefix = f"{self._prefix}timelines/"
-        matches = (re.fullmatch(r"([0-9]{8})\.json", i.key.removeprefix(prefix)) for i in self.blob.list(prefix))
-        return sorted(int(match.group(1)) for match in matches if match is not None)
+        numbers = (names.parse_timeline_file(info.key.removeprefix(prefix)) for info in self.blob.list(prefix))
+        return sorted(number for number in numbers if number is not None)
 
     def pin(self, save_id: str) -> None:
         """Keep this save from retention; idempotent."""
-        self._create_empty(f"{self._prefix}pins/{check_save_id(save_id)}")
+        self._create_empty(f"{self._prefix}pins/{names.check_save_id(save_id)}")
 
     def unpin(self, save_id: str) -> None:
         """Undo :meth:`pin`; idempotent."""
-        self.blob.delete([f"{self._prefix}pins/{check_save_id(save_id)}"])
+        self.blob.delete([f"{self._prefix}pins/{names.check_save_id(save_id)}"])
 
     def pins(self) -> set[str]:
         """Pinned saves; one LIST."""
         prefix = f"{self._prefix}pins/"
-        names = (info.key.removeprefix(prefix) for info in self.blob.list(prefix))
-        return {name for name in names if re.fullmatch(SAVE_ID_PATTERN, name)}
+        found = (info.key.removeprefix(prefix) for info in self.blob.list(prefix))
+        return {name for name in found if names.is_save_id(name)}
 
     # --- inside
 
@@ -470,7 +421,3 @@ class RemoteTier:
                 tier=self.name,
                 step=save.step,
             )
-
-
-def _shard_key(save_id: str, rank: int) -> str:
-    return f"shards/{save_id}/shard-{rank:05d}.json"

@@ -18,7 +18,9 @@ from ckptstore.errors import (
     NoStoreError,
     TransientError,
 )
+from ckptstore.format.manifest import ShardManifest
 from ckptstore.repo.catalog import Catalog, Record
+from ckptstore.repo.commit import roll_forward as complete_part
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.repo.remote import RemoteTier
@@ -137,26 +139,31 @@ def roll_forward(tiers: Tiers, agreement: Agreement) -> None:
                     parts[save.save_id] = [shard.encode() for shard in found]
     except CkptError as error:
         log.warning("looking for prepared saves failed: %s", error)
-    if not any(agreement.gather(bool(parts))):
+    if not any(agreement.gather(bool(parts), what="looking for prepared parts")):
         return
-    from ckptstore.format.manifest import ShardManifest
-    from ckptstore.repo.commit import roll_forward as complete_part
-
-    everywhere = agreement.gather(parts)
+    everywhere = agreement.gather(parts, what="gathering prepared parts")
     for save_id in parts:
-        union: dict[int, ShardManifest] = {}
+        elsewhere: dict[int, ShardManifest] = {}
         for node in everywhere:
             for data in node.get(save_id, []):
                 shard = ShardManifest.decode(data, what="a peer's shard manifest")
-                union[shard.rank] = shard
-        for remote in tiers.remotes:
-            try:
-                for shard in remote.shards_present(save_id):
-                    union.setdefault(shard.rank, shard)
-            except (TransientError, NoStoreError) as error:
-                log.debug("remote %s not asked for parts of %s: %s", remote.name, save_id, error)
-        try:
-            complete_part(tiers.local, tiers.run, save_id, list(union.values()))
+                elsewhere[shard.rank] = shard
+        world_size = next(iter(elsewhere.values())).world_size if elsewhere else 0
+        for rank in set(range(world_size)) - set(elsewhere):
+            if (found := _uploaded_part(tiers, save_id, rank)) is not None:
+                elsewhere[rank] = found
+        if complete_part(tiers.local, tiers.run, save_id, elsewhere.values()) is not None:
             log.info("rolled save %s forward", save_id)
-        except IncompleteCheckpointError as error:
-            log.info("save %s stays unused: %s", save_id, error.message)
+
+
+def _uploaded_part(tiers: Tiers, save_id: str, rank: int) -> ShardManifest | None:
+    """The shard manifest of a part that is durable in a remote, committed there or not."""
+    for remote in tiers.remotes:
+        try:
+            document = remote.find_shard(save_id, rank)
+        except (TransientError, NoStoreError) as error:
+            log.debug("remote %s not asked for parts of %s: %s", remote.name, save_id, error)
+            continue
+        if document is not None:
+            return document.shard
+    return None

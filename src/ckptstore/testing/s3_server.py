@@ -117,11 +117,11 @@ class SeaweedServer:
 
     def close(self) -> None:
         """Stop it; idempotent."""
-        if self._process is not None:
+        if self._process is not None and self._given_dir is not None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)
-            self.kill()
+                self._process.wait(10)
+        self.kill()
         if self._data_dir is not None and self._given_dir is None:
             shutil.rmtree(self._data_dir, ignore_errors=True)
 

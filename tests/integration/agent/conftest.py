@@ -19,7 +19,7 @@ from ckptstore.agent.runtime import RuntimeDir
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_trainer import WAIT_S, ForkServer, Trainer, fork_server  # noqa: E402
+from fake_trainer import WAIT_S, ForkServer, Trainer, fork_server
 
 
 class Node:
@@ -50,7 +50,9 @@ class Node:
         """Pid of the living agent."""
         try:
             pid = int(self.runtime(root).lock.read_text())
-            if b"ckptstore.agent" in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"sick_agent", b"ckptstore.agent"):
+            if b"ckptstore.agent" in Path(f"/proc/{pid}/cmdline").read_bytes().replace(
+                b"sick_agent", b"ckptstore.agent"
+            ):
                 return pid
         except (FileNotFoundError, ValueError, ProcessLookupError):
             pass

@@ -60,7 +60,9 @@ def check_part(path: Path, shard: ShardManifest) -> None:
     assert len(data) == shard.file_bytes
     for piece, expected in zip(shard.pieces, specs, strict=True):
         payload = data[piece.start : piece.start + piece.size_bytes]
-        assert payload == pattern(shard.save_id, expected), f"{piece.fqn} of save {shard.save_id} is not what was copied"
+        assert payload == pattern(shard.save_id, expected), (
+            f"{piece.fqn} of save {shard.save_id} is not what was copied"
+        )
         step = shard.chunk_elements * itemsize(expected.dtype)
         assert list(piece.digests) == [digest(payload[at : at + step]) for at in range(0, len(payload), step)]
     outside = b""
@@ -188,6 +190,7 @@ class ForkServer:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **environ},
+            start_new_session=True,
         )
         self._lines: list[dict[str, Any]] = []
         self._arrived = threading.Condition()
@@ -230,7 +233,8 @@ class ForkServer:
             return [line for line in self._lines if line["child"] == child and line["what"] == what]
 
     def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(10)
         self._process.stdout.close()
@@ -306,6 +310,7 @@ def _serve() -> None:
                 _child(json.loads(line))
             finally:
                 os._exit(0)
+    os.killpg(0, signal.SIGKILL)  # the children that are left, and this process
 
 
 if __name__ == "__main__":

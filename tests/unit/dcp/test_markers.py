@@ -32,7 +32,7 @@ def test_module_is_kept_when_marked_trainable() -> None:
 
 @pytest.mark.parametrize("value", [None, {}, "model", lambda: None])
 def test_trainable_says_so_when_it_gets_no_module(value: object) -> None:
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match=r"nn\.Module"):
         trainable(value)  # type: ignore[arg-type]
 
 

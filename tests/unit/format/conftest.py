@@ -98,8 +98,14 @@ def _assert_same(a: Any, b: Any, where: str = "value") -> None:
 
 
 def _rank(value: Any) -> tuple[str, str]:
-    bits = _bits(value).hex() if type(value) is float else ""
-    return type(value).__name__, bits or repr(sorted(value, key=_rank) if isinstance(value, frozenset) else value)
+    """A place in an order that doesn't depend on hashes."""
+    if isinstance(value, frozenset):
+        text = repr(sorted(map(_rank, value)))
+    elif isinstance(value, tuple):
+        text = repr(list(map(_rank, value)))
+    else:
+        text = _bits(value).hex() if type(value) is float else repr(value)
+    return type(value).__name__, text
 
 
 @pytest.fixture(scope="session")

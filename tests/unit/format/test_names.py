@@ -17,9 +17,12 @@ class Kind(enum.Enum):
 
 
 STOCK: list[tuple[tuple[Any, ...], str]] = [
-    (("model", "layers.0.weight"), "model.layers.0.weight"), (("optimizer", "state", "w", "exp_avg"), "optimizer.state.w.exp_avg"),
-    (("a", 0), "a.0"), (("a", "0"), "a.0"), (("a", ""), "a."), (("",), ""), (("a/b", "../c"), "a/b.../c"), (("é", "漢 字"), "é.漢 字"),
-    (("x" * 300, "y"), "x" * 300 + ".y"), ((True, None, 1.5), "True.None.1.5"), (((1, "a"),), "(1, 'a')"), ((Kind.A,), "Kind.A"),
+    (("model", "layers.0.weight"), "model.layers.0.weight"),
+    (("optimizer", "state", "w", "exp_avg"), "optimizer.state.w.exp_avg"),
+    (("a", 0), "a.0"), (("a", "0"), "a.0"), (("a", ""), "a."), (("",), ""), (("a/b", "../c"), "a/b.../c"),
+    (("é", "漢 字"), "é.漢 字"),
+    (("x" * 300, "y"), "x" * 300 + ".y"), ((True, None, 1.5), "True.None.1.5"), (((1, "a"),), "(1, 'a')"),
+    ((Kind.A,), "Kind.A"),
 ]  # fmt: skip
 
 
@@ -39,7 +42,8 @@ def test_name_is_that_of_stock_dcp_when_dcp_itself_flattens() -> None:
 
 def test_first_keeps_the_stock_name_when_two_collide() -> None:
     names = Names()
-    assert [names.name(p) for p in [("a", "b"), ("a.b",), ("a", "b.c"), ("a.b", "c"), ("k", 0), ("k", "0"), ("k", 0.0), ("k", "0.0")]] == [
+    walk = [("a", "b"), ("a.b",), ("a", "b.c"), ("a.b", "c"), ("k", 0), ("k", "0"), ("k", 0.0), ("k", "0.0")]
+    assert [names.name(path) for path in walk] == [
         "a.b", '["a.b"]', "a.b.c", '["a.b","c"]', "k.0", '["k","0"]', "k.0.0", '["k","0.0"]',
     ]  # fmt: skip
     assert "a.b" in names

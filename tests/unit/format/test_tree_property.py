@@ -19,9 +19,10 @@ from ckptstore.format import tree
 any_float = st.integers(0, 2**64 - 1).map(lambda bits: struct.unpack(">d", struct.pack(">Q", bits))[0]) | st.floats()
 any_text = st.text(max_size=6) | st.text(st.characters(), max_size=3) | st.sampled_from(["~", "~~", "a.b", "", "/"])
 scalars = (
-    st.none() | st.booleans() | st.integers() | st.integers(-(2**200), 2**200) | any_float | any_text | st.binary(max_size=9)
-    | st.complex_numbers() | st.datetimes(timezones=st.just(timezone.utc) | st.none() | st.timezones()) | st.dates() | st.times()
-    | st.timedeltas() | st.decimals(allow_nan=False) | st.fractions() | st.uuids()
+    st.none() | st.booleans() | st.integers() | st.integers(-(2**200), 2**200) | any_float | any_text
+    | st.binary(max_size=9)
+    | st.complex_numbers() | st.datetimes(timezones=st.just(timezone.utc) | st.none() | st.timezones()) | st.dates()
+    | st.times() | st.timedeltas() | st.decimals(allow_nan=False) | st.fractions() | st.uuids()
 )  # fmt: skip
 keys = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3), max_leaves=4

@@ -22,7 +22,7 @@ CALLS: list[str] = []
 
 class Colour(Enum):
     RED = 1
-    ALIAS = 1
+    ALIAS = 1  # noqa: PIE796 - an alias on purpose
     BLUE = object()  # by name, so that its value need not be stored
 
 
@@ -128,8 +128,10 @@ def _model() -> Model:
 
 
 USER: list[Any] = [
-    Colour.RED, Colour.ALIAS, Colour.BLUE, Level.LOW, Name.A, Right.READ, Right.READ | Right.WRITE, Right(0), Bits.A | Bits.B,
-    Bits(64), Point(1.5), Point((1,), y=Point(1, 2)), _config(), Frozen(1), Slotted(4), Box([1, Colour.RED]), Child(1.0),
+    Colour.RED, Colour.ALIAS, Colour.BLUE, Level.LOW, Name.A, Right.READ, Right.READ | Right.WRITE, Right(0),
+    Bits.A | Bits.B,
+    Bits(64), Point(1.5), Point((1,), y=Point(1, 2)), _config(), Frozen(1), Slotted(4), Box([1, Colour.RED]),
+    Child(1.0),
     Outer.Inner(2), _model(), Model(), Strict(a=5),
 ]  # fmt: skip
 
@@ -365,9 +367,15 @@ def test_registered_type_comes_back_when_its_name_is_registered(through_json: An
     assert tree.tensor_names(node) == ["w"]
 
 
+def test_stock_leaves_do_not_depend_on_registrations_when_iterated() -> None:
+    _register()
+    (leaf,) = dict(tree.iter_leaves(tree.encode({"v": Vocabulary(["a"])}))).values()
+    assert isinstance(leaf, tree.Opaque)
+
+
 def test_registered_type_is_unknown_when_another_process_reads_it() -> None:
     node = tree.encode({"v": tree.Opaque("not.here", {"~": "type", "name": "not.here", "v": [1]})})
-    with pytest.raises(FormatError, match="'not.here' is not registered") as caught:
+    with pytest.raises(FormatError, match=r"'not\.here' is not registered") as caught:
         tree.decode(node, lambda ref: ref, trusted="loaded")
     assert "register_type" in str(caught.value.hint)
     assert tree.decode(node, lambda ref: ref, unknown="opaque")["v"].name == "not.here"
@@ -399,8 +407,10 @@ def test_failing_functions_are_named_when_a_registered_type_breaks() -> None:
     _register()
 
 
-@pytest.mark.parametrize("cls,name", [(dict, None), (int, None), (list, "mine"), ("text", None), (Vocabulary, ""), (Vocabulary, "a\nb"),
-                                      (Vocabulary, "x" * 301), (Vocabulary, "\ud800")])  # fmt: skip
+@pytest.mark.parametrize("cls,name", [
+    (dict, None), (int, None), (list, "mine"), ("text", None), (Vocabulary, ""), (Vocabulary, "a\nb"),
+    (Vocabulary, "x" * 301), (Vocabulary, "\ud800"),
+])  # fmt: skip
 def test_registration_is_refused_when_it_can_not_work(cls: Any, name: str | None) -> None:
     with pytest.raises(ConfigError):
         tree.register_type(cls, encode=lambda v: v, decode=lambda v: v, name=name)

@@ -191,7 +191,8 @@ def test_chunks_are_fetched_again_when_a_broken_pull_left_damage(tier: LocalTier
     data = bytearray(file.read_bytes())
     data[:] = bytes(len(data) // 2) + data[len(data) // 2 :] + b"behind the end"
     file.write_bytes(data)
-    (staging / "manifest.json").write_bytes(b"{")
+    for name in ("manifest.json", "shard-00000.json", ".manifest.json.0123456789ab.tmp"):
+        (staging / name).write_bytes(b"{")
     blob.before = None
     assert contents(pull(remote, save, fresh)) == original
 

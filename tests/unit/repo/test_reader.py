@@ -13,7 +13,7 @@ import pytest
 from ckptstore.blob import open_blob_store
 from ckptstore.clock import new_nonce
 from ckptstore.config import StoreConfig
-from ckptstore.errors import CredentialsError, IntegrityError, StorageError, TransientError
+from ckptstore.errors import CredentialsError, IncompleteCheckpointError, IntegrityError, StorageError, TransientError
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.repo.record import Record
@@ -260,6 +260,15 @@ def test_parts_are_mixed_when_this_node_has_only_its_own(house: House) -> None:
         assert everything(reader) == expected(house.state)
         assert reader.bytes_by_source["local"] > 0
         assert reader.bytes_by_source["s3"] > 0
+
+
+def test_save_is_incomplete_when_other_nodes_have_the_rest_and_there_is_no_remote(house: House) -> None:
+    for name in ("__1_0.distcp", "shard-00001.json"):
+        (house.path / name).unlink()
+    with pytest.raises(IncompleteCheckpointError, match="rank 1"):
+        house.open(remotes=0)
+    with house.open() as reader:
+        assert everything(reader) == expected(house.state)
 
 
 def test_deltas_are_read_when_only_the_remote_has_them(house: House) -> None:

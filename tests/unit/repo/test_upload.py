@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -265,8 +266,10 @@ def test_remote_that_holds_another_save_of_this_name_is_refused(blob: WatchedBlo
     save_id = new_save_id()
     push_to(blob, tier, write_checkpoint(tier, random_state(1), save_id=save_id))
     other = LocalTier(tier.root.with_name("other"))
+    blob.requests.clear()
     with pytest.raises(IntegrityError, match="rank 0"):
         push_to(blob, other, write_checkpoint(other, random_state(2), save_id=save_id))
+    assert not blob.sent_bytes("put", "/packs/")
 
 
 def test_lost_packs_do_not_spread_when_the_next_save_is_pushed(blob: WatchedBlobStore, tier: LocalTier) -> None:
@@ -415,23 +418,39 @@ def test_empty_and_scalar_tensors_are_committed_when_pushed(blob: WatchedBlobSto
 
 
 def test_memory_stays_bounded_when_the_store_is_slow(blob: WatchedBlobStore, tier: LocalTier) -> None:
-    inside, peak, lock = 0, 0, threading.Lock()
-    release = threading.Event()
+    open_gate = threading.Event()
+    waiting = threading.Semaphore(0)
+    inside: list[int] = [0, 0]
+    lock = threading.Lock()
 
     def enter(request: Request) -> None:
-        nonlocal inside, peak
         if request.op == "put" and "/packs/" in request.key:
             with lock:
-                inside += 1
-                peak = max(peak, inside)
-            release.wait(0.05)
+                inside[0] += 1
+                inside[1] = max(inside)
+            waiting.release()
+            assert open_gate.wait(60)
 
     def leave(request: Request) -> None:
-        nonlocal inside
         if request.op == "put" and "/packs/" in request.key:
             with lock:
-                inside -= 1
+                inside[0] -= 1
 
     blob.before, blob.after = enter, leave
-    push_to(blob, tier, write_checkpoint(tier, random_state(layers=24)))
-    assert 1 < peak <= CONFIG.upload_concurrency
+    path = write_checkpoint(tier, random_state(layers=32))
+    seen: list[Progress] = []
+    thread = threading.Thread(target=push_to, args=(blob, tier, path), kwargs={"progress": seen.append})
+    thread.start()
+    for _ in range(CONFIG.upload_concurrency):
+        assert waiting.acquire(timeout=60)
+    count = -1
+    while count != len(seen):  # until it makes no progress any more
+        count = len(seen)
+        time.sleep(0.5)
+    packed = seen[-1].plain_done
+    open_gate.set()
+    thread.join(60)
+    assert inside[1] == CONFIG.upload_concurrency
+    assert packed < 1.5 * CONFIG.pack_bytes * (CONFIG.upload_concurrency + 1)
+    assert seen[-1].stage == "done"
+    assert packed < 0.7 * seen[-1].plain_total

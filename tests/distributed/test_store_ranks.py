@@ -1,0 +1,117 @@
+"""The store under several ranks: one node, two simulated nodes, deaths at the moments that matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import DEAD, run_ranks
+from store_jobs import (
+    die,
+    different_step,
+    latest,
+    load,
+    load_on_nodes,
+    refuse_on_one_rank,
+    save,
+    save_on_nodes,
+)
+
+from ckptstore import CheckpointStore
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> str:
+    return f"file://{tmp_path}/bucket"
+
+
+def test_values_are_those_of_the_global_state_when_loaded_at_other_world_sizes(tmp_path: Path, bucket: str) -> None:
+    root = str(tmp_path / "store")
+    (expected, step, tiers), (other, *_) = run_ranks(2, save, "fsdp", root, bucket, "remote")
+    assert (step, tiers) == (10, {"local": "complete", "file": "complete"})
+    assert other == expected
+    for world_size, kind in ((1, "plain"), (3, "fsdp"), (2, "ddp")):
+        for rank, result in enumerate(run_ranks(world_size, load, kind, root, bucket)):
+            digest, epoch, mine, sources = result
+            assert (digest, epoch, mine) == (expected, 3, rank % 2)
+            assert set(sources) == {"local"}
+
+
+def test_missing_shards_come_from_the_remote_when_the_rest_is_local(tmp_path: Path, bucket: str) -> None:
+    root = str(tmp_path / "store")
+    (expected, *_), _ = run_ranks(2, save, "fsdp", root, bucket, "remote")
+    next(Path(root).rglob("__1_0.distcp")).unlink()
+    sources = set()
+    for digest, epoch, _, by_source in run_ranks(3, load, "fsdp", root, bucket):
+        assert (digest, epoch) == (expected, 3)
+        sources |= set(by_source)
+    assert sources == {"local", "file"}
+
+
+def test_ddp_replicas_are_stored_once(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    (expected, *_), _ = run_ranks(2, save, "ddp", str(root), None)
+    info = CheckpointStore(root).latest()
+    assert info is not None
+    parameters = 33 * 65 + 65 + 65 * 65 + 65 + 65 * 7
+    assert info.size_bytes == parameters * 4 * 3 + 5 * 4
+    digest, *_ = run_ranks(1, load, "plain", str(root), None)[0]
+    assert digest == expected
+
+
+def test_every_rank_is_told_the_key_when_one_can_not_store_its_value(tmp_path: Path) -> None:
+    for (error, message), steps in run_ranks(2, refuse_on_one_rank, str(tmp_path / "store")):
+        assert error == "StateError"
+        assert "rank 1" in message
+        assert "extra.hook" in message
+        assert steps == [2]
+
+
+def test_all_ranks_fail_when_they_save_different_steps(tmp_path: Path) -> None:
+    for result in run_ranks(2, different_step, str(tmp_path / "store")):
+        assert type(result).__name__ == "SaveFailedError"
+        assert "different steps" in str(result)
+
+
+class TestTwoNodes:
+    """Two roots, two agents: prepared, then complete."""
+
+    def test_each_node_holds_its_part_and_the_same_commit(self, tmp_path: Path) -> None:
+        root = str(tmp_path)
+        (expected, _, tiers), _ = run_ranks(2, save_on_nodes, root, None)
+        assert tiers == {"local": "complete"}
+        commits = [next((tmp_path / f"node-{n}").rglob("manifest.json")).read_bytes() for n in (0, 1)]
+        assert commits[0] == commits[1]
+        assert not list((tmp_path / "node-0").rglob("__1_0.distcp"))
+        results = run_ranks(2, load_on_nodes, root, None)
+        del results, expected
+
+    def test_lost_root_is_made_good_from_the_remote(self, tmp_path: Path, bucket: str) -> None:
+        import shutil
+
+        root = str(tmp_path)
+        (expected, *_), _ = run_ranks(2, save_on_nodes, root, bucket, "remote")
+        shutil.rmtree(tmp_path / "node-1")
+        for digest, epoch, _, _ in run_ranks(2, load_on_nodes, root, bucket):
+            assert (digest, epoch) == (expected, 3)
+
+    @pytest.mark.parametrize("moment", ["between seals", "between prepares"])
+    def test_save_is_never_used_when_a_part_is_nowhere(self, tmp_path: Path, bucket: str, moment: str) -> None:
+        results = run_ranks(2, die, moment, str(tmp_path), bucket)
+        survivor = results[0]
+        assert survivor != DEAD
+        assert survivor[0] == "SaveFailedError", survivor
+        for step, epoch, _ in run_ranks(2, latest, str(tmp_path), bucket):
+            assert (step, epoch) == (10, 3)
+
+    @pytest.mark.parametrize("with_remote", [False, True])
+    def test_save_is_rolled_forward_when_all_parts_are_durable(
+        self, tmp_path: Path, bucket: str, with_remote: bool
+    ) -> None:
+        remote = bucket if with_remote else None
+        assert run_ranks(2, die, "before complete", str(tmp_path), remote) == [DEAD, DEAD]
+        found = run_ranks(2, latest, str(tmp_path), remote)
+        if with_remote:
+            assert [f[:2] for f in found] == [(20, 4)] * 2
+        else:
+            assert {str(f)[:60] for f in found}

@@ -1,0 +1,162 @@
+"""What ranks do in the tests of the store; every function here runs in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from ckptstore import CheckpointStore, StoreConfig, per_rank
+
+QUICK = StoreConfig(deadline_s=10, agent_idle_exit_seconds=5)
+
+
+def make(kind: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer after two real steps; ``kind`` is plain, ddp or fsdp."""
+    torch.manual_seed(seed)
+    model: nn.Module = nn.Sequential(nn.Linear(33, 65), nn.ReLU(), nn.Linear(65, 65), nn.Linear(65, 7, bias=False))
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif kind == "fsdp":
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for step in range(2):
+        torch.manual_seed(100 + step)
+        model(torch.randn(4, 33)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """A digest of every global value, the same for every way of sharding. Collective for FSDP."""
+    total = hashlib.sha256()
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters, key=lambda n: n.removeprefix("module.")):
+        parameter = parameters[name]
+        state = optimizer.state[parameter]
+        for value in (parameter, state["exp_avg"], state["exp_avg_sq"], state["step"]):
+            full = value.full_tensor() if hasattr(value, "full_tensor") else value
+            total.update(full.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def save(rank: int, kind: str, root: str, remote: str | None, level: str = "local") -> Any:
+    model, optimizer = make(kind)
+    with CheckpointStore(root, remote=remote, config=QUICK) as store:
+        state = {"model": model, "optimizer": optimizer, "epoch": 3, "mine": per_rank({"rank": rank})}
+        info = store.save(state, 10, metrics={"loss": 0.25}).wait(level, 60)
+    return fingerprint(model, optimizer), info.step, dict(info.tiers)
+
+
+def load(rank: int, kind: str, root: str, remote: str | None) -> Any:
+    model, optimizer = make(kind, seed=1)
+    mine: dict[str, Any] = {"rank": None}
+    state = {"model": model, "optimizer": optimizer, "epoch": 0, "mine": per_rank(mine)}
+    with CheckpointStore(root, remote=remote, config=QUICK) as store:
+        info = store.load(state)
+    assert info is not None
+    assert info.report is not None
+    return fingerprint(model, optimizer), state["epoch"], mine["rank"], dict(info.report.bytes_by_source)
+
+
+def node_root(root: str, rank: int, ranks_per_node: int = 1) -> str:
+    """Each simulated node has its own root, and by that its own agent."""
+    os.environ["LOCAL_RANK"] = str(rank % ranks_per_node)
+    return str(Path(root) / f"node-{rank // ranks_per_node}")
+
+
+def save_on_nodes(rank: int, root: str, remote: str | None, level: str = "local") -> Any:
+    return save(rank, "fsdp", node_root(root, rank), remote, level)
+
+
+def load_on_nodes(rank: int, root: str, remote: str | None) -> Any:
+    return load(rank, "fsdp", node_root(root, rank), remote)
+
+
+def die(rank: int, moment: str, root: str, remote: str | None) -> Any:
+    """Two nodes of one rank each; somebody dies at ``moment`` of the second save, after a first one is complete."""
+    folder = node_root(root, rank)
+    model, optimizer = make("fsdp")
+    state = {"model": model, "optimizer": optimizer, "epoch": 3, "mine": per_rank({"rank": rank})}
+    store = CheckpointStore(folder, remote=remote, config=QUICK)
+    store.save(state, 10).wait("local", 60)
+    session = store._session
+    assert session is not None
+    agent = session.client.agent_pid
+    if moment == "between seals" and rank == 1:
+        session.client.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    elif moment == "between prepares" and rank == 1:
+        relay = session._relay
+        assert relay is not None
+        relay.sealed = lambda _: os.kill(agent, signal.SIGKILL)  # type: ignore[method-assign]
+    elif moment == "before complete":
+        relay = session._relay
+        assert relay is not None
+        relay._root = lambda _: (time.sleep(1), os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[method-assign,assignment,return-value]
+    state["epoch"] = 4
+    handle = store.save(state, 20)
+    if moment == "before complete" and rank == 1:
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    error = handle.local.exception(timeout=60)
+    return type(error).__name__, str(error)
+
+
+def latest(rank: int, root: str, remote: str | None) -> Any:
+    """What a restarted job finds."""
+    folder = node_root(root, rank)
+    model, optimizer = make("fsdp", seed=1)
+    state = {"model": model, "optimizer": optimizer, "epoch": 0}
+    with CheckpointStore(folder, remote=remote, config=QUICK) as store:
+        info = store.load(state)
+        assert info is not None
+        return info.step, state["epoch"], fingerprint(model, optimizer)
+
+
+def different_step(rank: int, root: str) -> Any:
+    with CheckpointStore(root, config=QUICK) as store:
+        store.save({"n": 1}, 5 + rank)
+
+
+def refuse_on_one_rank(rank: int, root: str) -> Any:
+    with CheckpointStore(root, config=QUICK) as store:
+        bad: dict[str, Any] = {"n": 1, "extra": {"hook": (lambda: None) if rank == 1 else None}}
+        try:
+            store.save(bad, 1)
+        except Exception as error:
+            first: Any = type(error).__name__, str(error)
+        store.save({"n": 1, "extra": {"hook": None}}, 2).wait("local", 60)
+        return first, [info.step for info in store.checkpoints()]
+
+
+def killed_in_copy(rank: int, root: str, victim: int, after_bytes: float) -> Any:
+    """Saves a different pattern each time; ``victim`` is killed somewhere in the copy of the second save."""
+    generator = torch.Generator().manual_seed(dist.get_world_size())
+    big = torch.rand(1 << 20, generator=generator)
+    state = {"w": per_rank({"t": big + rank}), "n": 1}
+    store = CheckpointStore(root, config=QUICK)
+    store.save(state, 1).wait("local", 60)
+    big.add_(1)
+    if rank == victim:
+        pid = os.getpid()
+        if os.fork() == 0:
+            time.sleep(after_bytes)
+            os.kill(pid, signal.SIGKILL)
+            os._exit(0)
+    handle = None
+    for step in range(2, 200):
+        big.add_(1)
+        handle = store.save(state, step)
+    return handle is not None
