@@ -33,6 +33,7 @@ def same(a: Any, b: Any, where: str = "") -> None:
         pytest.param(("fsdp2", 3), [("fsdp2", 2)], id="fsdp2 on 3"),
         pytest.param(("plain", 1), [("fsdp2", 2)], id="one process"),
         pytest.param(("ddp", 2), [("fsdp2", 2), ("plain", 1)], id="ddp on 2"),
+        pytest.param(("fsdp1", 2), [("plain", 1), ("fsdp1", 2)], id="fsdp1 on 2"),
         pytest.param(("hsdp", 4), [("plain", 1), ("fsdp2", 2)], id="hsdp on 2x2"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 import torch.distributed as dist
 from memory_checkpoint import MemoryCheckpoint, shard_of
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardedOptimStateDictConfig, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from ckptstore.dcp.agreement import Agreement
@@ -52,6 +54,8 @@ def shard(model: nn.Module, mode: str) -> nn.Module:
         for part in (model.up, model.down):
             fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    elif mode == "fsdp1":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     elif mode == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     return model
@@ -86,6 +90,8 @@ def whole(value: Any) -> Any:
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
     """Model, moments and schedule by plain name."""
+    if isinstance(model, FullyShardedDataParallel):
+        return fsdp1_snapshot(model, optimizer, scheduler)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     names = {id(p): name for name, p in inner.named_parameters()}
     return {
@@ -96,13 +102,46 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any)
     }
 
 
+def fsdp1_snapshot(model: Any, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
+    """Put together from shards: on gloo, FSDP1's own full optimizer state gives one moment's values for both."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind, config = StateDictType.SHARDED_STATE_DICT, ShardedOptimStateDictConfig()
+        with FullyShardedDataParallel.state_dict_type(model, kind, None, config):
+            moments = FullyShardedDataParallel.optim_state_dict(model, optimizer)["state"]
+            weights = model.state_dict()
+            return {
+                "model": {name: from_shards(t) for name, t in weights.items()},
+                "moments": {name: {k: from_shards(t) for k, t in entry.items()} for name, entry in moments.items()},
+                "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+                "schedule": scheduler.state_dict(),
+            }
+
+
+def from_shards(tensor: Any) -> torch.Tensor:
+    """The global tensor of a ShardedTensor. Collective."""
+    if not isinstance(tensor, ShardedTensor):
+        return tensor.detach().clone()
+    mine = [(s.metadata.shard_offsets, s.metadata.shard_sizes, s.tensor) for s in tensor.local_shards()]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    full = torch.empty(tensor.metadata().size)
+    for offsets, sizes, part in (shard for shards in everyone for shard in shards):
+        full[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] = part
+    return full
+
+
 def save_job(rank: int, mode: str, folder: Path) -> dict[str, Any]:
     """Train, save, say what the state was."""
     model, optimizer, scheduler = make(mode, 0)
     train(model, optimizer, scheduler)
     state = {
-        "model": model, "optimizer": optimizer, "scheduler": scheduler, "epoch": 7, "rng": per_rank(torch.tensor([rank]))
-    }  # fmt: skip
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "epoch": 7,
+        "rng": per_rank(torch.tensor([rank])),
+    }
     agreement = Agreement(deadline_s=20)
     prepared = Preparer(agreement).prepare(state, step=3, counter=1)
     MemoryCheckpoint.leave(folder, *shard_of(prepared, rank=rank, world_size=agreement.world_size, chunk_elements=1024))

@@ -54,15 +54,19 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         directory = RuntimeDir.of(args.root) if args.runtime is None else RuntimeDir(args.runtime)
         directory.create()
-        lock = try_lock(directory.lock)
-        if lock is None:
+        for _ in range(5):
+            lock = try_lock(directory.lock)
+            if lock is not None:
+                break
+            time.sleep(0.1)  # a trainer that looks whether it is held holds it for a moment
+        else:
             log.info("another agent of %s is there", args.root)
             _report(args.ready_fd, {"elected": False})
             return 11
         os.ftruncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())
         server = AgentServer(
-            args.root,
+            args.root.absolute(),
             directory,
             idle_exit_seconds=args.idle_exit_seconds,
             drain_seconds=args.drain_seconds,

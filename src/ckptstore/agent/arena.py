@@ -129,6 +129,7 @@ class Slot:
         self.pieces: tuple[PieceSpec, ...] = ()
         self.is_tainted = False
         """A previous owner may still write into this memory: nobody else may be given it."""
+        self.vacant_since = 0.0
         self._condition = condition
         self._configuring = threading.Lock()
         self._stop = threading.Event()
@@ -252,6 +253,14 @@ class Slot:
             self.check_owner(owner)
             self.filling(index).free()
             self._condition.notify_all()
+
+    def give_back(self) -> bool:
+        """Let go of the memory of a slot without an owner, unless a save is still in it; whether there was any."""
+        with self._condition:
+            if self.owner is not None or not self.generations or not self._all_free():
+                return False
+            self._drop()
+            return True
 
     def describe(self) -> dict[str, Any]:
         """For ``status``. Hold the condition."""

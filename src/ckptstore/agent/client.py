@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ckptstore import __version__
+from ckptstore._version import __version__
 from ckptstore.agent.arena import Arena, populate
 from ckptstore.agent.protocol import (
     PROTOCOL,

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ckptstore import __version__
+from ckptstore._version import __version__
 from ckptstore.agent.jobs import Attachment, RunJobs
 from ckptstore.agent.protocol import (
     PROTOCOL,

@@ -175,7 +175,7 @@ class RunJobs:
     def _vacate(self, slot: Slot, *, is_gone: bool, was_closed: bool = False) -> None:
         owner = slot.owner
         assert isinstance(owner, Attachment)
-        slot.owner = None
+        slot.owner, slot.vacant_since = None, self._clock.monotonic()
         slot.is_tainted = slot.is_tainted or not is_gone
         if not was_closed:
             self._lost_slots.add(slot.index)
@@ -317,9 +317,12 @@ class RunJobs:
         return True
 
     def check_deadlines(self) -> None:
-        """Drop saves whose other ranks don't come."""
+        """Drop saves whose other ranks don't come; give back memory whose rank doesn't come back."""
         with self._condition:
             now = self._clock.monotonic()
+            for slot in self.slots.values():
+                if now - slot.vacant_since > self.config.agent_idle_exit_seconds and slot.give_back():
+                    log.info("gave back the memory of slot %d of %s", slot.index, self.run)
             for job in list(self._jobs.values()):
                 if job.stage is Stage.GATHERING and now - job.begun > self.config.deadline_s:
                     ranks = ", ".join(str(rank) for rank in job.missing)

@@ -18,6 +18,7 @@ import os
 import socket
 import struct
 import threading
+from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -224,10 +225,7 @@ class Channel:
         fds: list[int] = []
         while len(head) < _LENGTH.size:
             if self._accept_fds:
-                # Without the flag a fork and exec elsewhere in the trainer would inherit the arena.
-                part, lent, _, _ = socket.recv_fds(
-                    self._sock, _LENGTH.size - len(head), MAX_FDS, getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-                )
+                part, lent = _receive_with_fds(self._sock, _LENGTH.size - len(head))
                 fds += lent
             else:
                 part = self._sock.recv(_LENGTH.size - len(head))
@@ -247,6 +245,20 @@ class Channel:
     def close(self) -> None:
         """Give the descriptor back. Only the thread that receives, or nobody, may be using it."""
         self._sock.close()
+
+
+def _receive_with_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    """At most ``size`` bytes and the descriptors sent with them, none of which a fork and exec elsewhere inherits.
+
+    ``socket.recv_fds`` takes flags and ignores them.
+    """
+    flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    data, ancillary, _, _ = sock.recvmsg(size, socket.CMSG_SPACE(MAX_FDS * array("i").itemsize), flags)
+    fds = array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)
 
 
 def close_fds(fds: Sequence[int]) -> None:

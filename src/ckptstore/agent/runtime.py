@@ -226,12 +226,24 @@ def start_agent(root: Path, directory: RuntimeDir, *, idle_exit_seconds: float, 
             raise TransientError(f"another process has been starting the agent of {root} for {timeout_s} s")
         time.sleep(0.02)
     try:
-        if (sock := dial(directory.socket)) is not None:
-            sock.close()
-            return
+        while not _is_vacant(directory):
+            if (sock := dial(directory.socket)) is not None:
+                sock.close()
+                return
+            # It has stopped listening and not yet stopped writing, or is about to listen.
+            if time.monotonic() > deadline:
+                raise TransientError(f"the agent of {root} neither listens nor leaves", hint=f"see {directory.log}")
+            time.sleep(0.05)
         _spawn(root, directory, idle_exit_seconds, deadline)
     finally:
         os.close(lock)
+
+
+def _is_vacant(directory: RuntimeDir) -> bool:
+    lock = try_lock(directory.lock)
+    if lock is not None:
+        os.close(lock)
+    return lock is not None
 
 
 def _spawn(root: Path, directory: RuntimeDir, idle_exit_seconds: float, deadline: float) -> None:
@@ -239,7 +251,7 @@ def _spawn(root: Path, directory: RuntimeDir, idle_exit_seconds: float, deadline
     log = _open_log(directory.log)
     try:
         command = [
-            sys.executable, "-m", "ckptstore.agent", "--root", str(root), "--runtime", str(directory.path),
+            sys.executable, "-m", "ckptstore.agent", "--root", str(root.absolute()), "--runtime", str(directory.path),
             "--idle-exit-seconds", repr(idle_exit_seconds), "--ready-fd", str(ready_end),
         ]  # fmt: skip
         starter = subprocess.Popen(

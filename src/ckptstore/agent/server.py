@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ckptstore import __version__
+from ckptstore._version import __version__
 from ckptstore.agent.connection import Connection, peer_pid
 from ckptstore.agent.jobs import RunJobs
 from ckptstore.agent.protocol import PROTOCOL

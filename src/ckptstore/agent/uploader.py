@@ -19,7 +19,7 @@ from ckptstore.agent.arena import libc
 from ckptstore.agent.protocol import Event
 from ckptstore.clock import Clock, parse_rfc3339
 from ckptstore.config import StoreConfig
-from ckptstore.errors import CkptError, ConfigError, CredentialsError, NoStoreError, NotFoundError, TransientError
+from ckptstore.errors import CkptError, ConfigError, CredentialsError, NoStoreError, TransientError
 from ckptstore.format.manifest import RootManifest, ShardManifest, Summary
 from ckptstore.repo import commit, names
 from ckptstore.repo.local import LocalSave, LocalTier
@@ -305,7 +305,7 @@ class Uploader:
             upload.state = "queued"
             raise
         except CkptError as error:
-            if isinstance(error, NotFoundError) and self._tier.find(self.run, save.save_id) is None:
+            if self._tier.find(self.run, save.save_id) is None:
                 self.notify()  # deleted while it was being read
                 return
             log.error("save %s of %s to %s: %s", save.save_id, self.run, self.name, error)

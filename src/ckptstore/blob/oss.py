@@ -388,6 +388,9 @@ class OSSBlobStore(BlobStore):
             raise ours from error
         finally:
             if bucket is not None:
+                for response in bucket.session.answers:  # oss2 doesn't read every answer to its end
+                    response.close()
+                bucket.session.answers.clear()
                 with self._lock:
                     self._idle.append(bucket)
         self._has_succeeded = True
@@ -399,6 +402,8 @@ class OSSBlobStore(BlobStore):
         make = oss2.ProviderAuthV4 if self._auth == "v4" else oss2.ProviderAuth
         environ = os.environ if self._environ is None else self._environ
         session = oss2.Session(pool_size=2)
+        session.answers = []
+        session.session.hooks["response"].append(lambda answer, **_: session.answers.append(answer))
         session.session.auth = _keep_headers
         is_loopback = urlsplit(self._endpoint).hostname in ("localhost", "127.0.0.1", "::1")
         if is_loopback or environ is not os.environ:

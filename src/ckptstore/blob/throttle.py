@@ -65,7 +65,7 @@ class Throttle:
 
     def pay(self, num_bytes: int) -> None:
         """Wait until bytes paid for earlier have had their time, then owe these."""
-        if self._bytes_per_s is None:
+        if self._bytes_per_s is None or num_bytes <= 0:
             return
         with self._changed:
             now = self._clock.monotonic()

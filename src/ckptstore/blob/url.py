@@ -12,6 +12,7 @@ from ckptstore.errors import ConfigError
 
 if TYPE_CHECKING:
     from ckptstore.blob.retry import Retrier, Retry
+    from ckptstore.blob.throttle import Throttle
 
 #: Other packages offer a scheme here: its name -> a callable (url, environ) -> BlobStore.
 ENTRY_POINT_GROUP = "ckptstore.blob_stores"
@@ -25,6 +26,7 @@ def open_blob_store(
     environ: Mapping[str, str] | None = None,
     retry: bool | Retrier = True,
     on_retry: Callable[[Retry], None] | None = None,
+    throttle: Throttle | None = None,
 ) -> BlobStore:
     """Open the store a URL names. Free and local: no request is made, no SDK is loaded before the first operation.
 
@@ -35,17 +37,26 @@ def open_blob_store(
             the server says that credentials have expired, so a mapping that is kept current keeps the store working.
         retry: Try again after transient failures (True: the default policy), or don't.
         on_retry: Told of each failure that is tried again; with ``retry=True``.
+        throttle: A budget of bytes and requests, which several stores may share.
 
     Raises:
         ConfigError: not a store's URL, an unknown scheme or parameter, credentials in the URL, or a missing extra.
     """
     address = parse_address(url)
     if retry is False:
-        return _open(address, environ, once)
+        return _throttled(_open(address, environ, once), throttle)
     from ckptstore.blob.retry import Retrier, RetryingBlobStore
 
     attempts = Retrier(on_retry=on_retry) if retry is True else retry
-    return RetryingBlobStore(_open(address, environ, attempts), attempts)
+    return RetryingBlobStore(_throttled(_open(address, environ, attempts), throttle), attempts)
+
+
+def _throttled(store: BlobStore, throttle: Throttle | None) -> BlobStore:
+    if throttle is None:
+        return store
+    from ckptstore.blob.throttle import ThrottledBlobStore
+
+    return ThrottledBlobStore(store, throttle)
 
 
 def _open(address: Address, environ: Mapping[str, str] | None, attempts: Attempts) -> BlobStore:

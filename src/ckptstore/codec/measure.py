@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -19,8 +19,8 @@ Counts: TypeAlias = npt.NDArray[np.intp]
 _RUNS = 32
 _RUN_WORDS = 128
 
-#: Share of zeros from which elements are cut to so many bits before coding; the densest rule that applies wins.
-_NARROW = ((0.85, 1), (0.5, 2), (0.2, 4))
+#: (share of the most frequent value, bits): from this share on a byte is cut to so many bits before coding.
+_NARROW = ((0.85, 1), (0.5, 2), (0.12, 4))
 
 #: A lag must save this many bits per byte: summing it up again costs the reader time.
 _LAG_MARGIN_BITS = 0.2
@@ -36,6 +36,7 @@ class Trait:
         is_dense: not worth coding.
         is_even: dense but for the lowest bit, which is zero throughout.
         narrow_bits: bits to cut its bytes to, or 0.
+        bias: the value that becomes 0 when cut: the first of the range of values that holds most.
         lag: distance of the element each is best stored as a difference from, or 0.
     """
 
@@ -43,12 +44,13 @@ class Trait:
     is_dense: bool = False
     is_even: bool = False
     narrow_bits: int = 0
+    bias: int = 0
     lag: int = 0
 
     @property
     def may_lag(self) -> bool:
         """Whether a lag is worth a try."""
-        return not self.is_dense and not self.narrow_bits and self.bits > 1
+        return not self.is_dense and self.bits > 1
 
     @property
     def cost(self) -> float:
@@ -96,9 +98,10 @@ def with_lag(trait: Trait, lag: int, octets: Bytes, before: Bytes) -> Trait:
     # Exponents that follow the earlier ones mostly equal them; without that the full count is not worth its time.
     if np.count_nonzero(steps) > _MOST_STEPS * len(steps):
         return trait
-    bits = float(_entropies(_histograms(steps[:, None]))[0])
+    counts = _histograms(steps[:, None])
+    bits = float(_entropies(counts)[0])
     margin = 0 if trait.lag else _LAG_MARGIN_BITS
-    return Trait(bits, lag=lag) if bits < trait.bits - margin else trait
+    return replace(_trait(counts[0], bits), lag=lag) if bits < trait.bits - margin else trait
 
 
 def _trait(counts: Counts, bits: float) -> Trait:
@@ -106,8 +109,15 @@ def _trait(counts: Counts, bits: float) -> Trait:
         return Trait(bits, is_dense=True)
     if bits > _DENSE_BITS - 1 and not counts[1::2].any():
         return Trait(bits, is_dense=True, is_even=True)
-    zeros = counts[0] / max(1, counts.sum())
-    return Trait(bits, narrow_bits=next((n for share, n in _NARROW if zeros >= share), 0))
+    most = counts.max() / max(1, counts.sum())
+    narrow = next((n for share, n in _NARROW if most >= share), 0)
+    return Trait(bits, narrow_bits=narrow, bias=_bias(counts, (1 << narrow) - 1) if narrow else 0)
+
+
+def _bias(counts: Counts, size: int) -> int:
+    """First of the ``size`` successive values, 0 after 255, that occur most."""
+    around = np.cumsum(np.concatenate([[0], counts, counts[: size - 1]]))
+    return int(np.argmax(around[size:] - around[:-size]))
 
 
 def _histograms(octets: Bytes) -> Counts:

@@ -3,8 +3,9 @@
 ======  ==============================================================================================================
 RAW     as it is
 ZSTD    one zstd frame with checksum and content size, tuned as a Huffman coder
-NARROW  mostly zeros: each byte cut to 4, 2 or 1 bits, packed, and coded; the bytes that don't fit follow in a list.
-        A Huffman code spends at least one bit on each symbol, so several elements must share one
+NARROW  mostly a few successive values: each byte, less a bias, cut to 4, 2 or 1 bits, packed, and coded; the bytes that
+        don't fit follow in a list. A Huffman code spends at least one bit and equal time on each symbol, so that it is
+        smaller and faster when several elements share one
 EVEN    every element even (the rotated sign bit of numbers that are never negative): the plane in as many segments as
         an element has bits, and the last segment's bits in the free low bits of the others
 ======  ==============================================================================================================
@@ -13,6 +14,7 @@ EVEN    every element even (the rotated sign bit of numbers that are never negat
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -25,7 +27,7 @@ from ckptstore.codec.scratch import SCRATCH
 #: A plane that shrinks by less is stored raw, which decodes faster.
 _WORTH = 0.98
 
-#: bits an element is cut to | mode of the packed bytes | mode of the list | 0 | packed size | elements in the list
+#: bits an element is cut to | mode of the packed bytes | mode of the list | bias | packed size | elements in the list
 _NARROW = struct.Struct("<BBBBII")
 
 
@@ -40,7 +42,7 @@ def store(words: Words, trait: Trait, slot: str) -> Plane:
         return Plane(RAW, words.itemsize, _view(words))
     lagged = _difference(words, trait.lag) if trait.lag else words
     if trait.narrow_bits:
-        payload = _narrow(lagged, trait.narrow_bits)
+        payload = _narrow(lagged, trait.narrow_bits, trait.bias)
         if len(payload) < _WORTH * len(words):
             return Plane(NARROW, 1, payload, trait.lag)
     mode, packed = _deflate(lagged)
@@ -123,53 +125,66 @@ def _view(words: Words) -> memoryview:
 # --- narrow
 
 
-def _narrow(octets: Bytes, bits: int) -> bytes:
+def _narrow(octets: Bytes, bits: int, bias: int) -> bytes:
     count, share, escape = len(octets), 8 // bits, (1 << bits) - 1
     groups = -(-count // share)
     cut = SCRATCH.words("narrow", groups * share, 1)
-    np.minimum(octets, np.uint8(escape), out=cut[:count])
+    np.subtract(octets, np.uint8(bias), out=cut[:count])
     cut[count:] = 0
-    misfits = octets[np.flatnonzero(cut[:count] == escape)] - np.uint8(escape)
-    wide = cut.view(WORD[share])
-    packed, spare = SCRATCH.words("packed", groups, share), SCRATCH.words("spread", groups, share)
-    np.copyto(packed, wide)
-    for i in range(1, share):
-        np.right_shift(wide, i * (8 - bits), out=spare)
-        np.bitwise_or(packed, spare, out=packed)
-    mode, head = _deflate(packed.astype(np.uint8))
+    where = np.flatnonzero(cut >= escape)
+    misfits = cut[where] - np.uint8(escape)
+    cut[where] = escape
+    wide, spare = cut.view(WORD[share]), SCRATCH.words("spread", groups, share)
+    for shift, mask in reversed(_SPREAD[bits]):
+        # The mask holds before the step: what was shifted in above the fields is cleared by the next, or not copied.
+        np.bitwise_and(wide, mask, out=wide)
+        np.right_shift(wide, shift, out=spare)
+        np.bitwise_or(wide, spare, out=wide)
+    packed = SCRATCH.words("packed", groups, 1)
+    np.copyto(packed, wide, casting="unsafe")
+    mode, head = _deflate(packed)
     misfit_mode, rest = _deflate(misfits) if len(misfits) else (RAW, b"")
-    return b"".join([_NARROW.pack(bits, mode, misfit_mode, 0, len(head), len(misfits)), head, rest])
+    return b"".join([_NARROW.pack(bits, mode, misfit_mode, bias, len(head), len(misfits)), head, rest])
 
 
 def _widen(payload: Buffer, count: int, slot: str) -> Bytes:
     if len(payload) < _NARROW.size:
         raise damaged("a plane has the wrong size")
-    bits, mode, misfit_mode, zero, packed_size, num_misfits = _NARROW.unpack_from(payload)
-    if bits not in _SPREAD or zero or num_misfits > count or packed_size > len(payload) - _NARROW.size:
+    bits, mode, misfit_mode, bias, packed_size, num_misfits = _NARROW.unpack_from(payload)
+    if bits not in _SPREAD or num_misfits > count or packed_size > len(payload) - _NARROW.size:
         raise damaged("a narrow plane has the wrong size")
     share, escape = 8 // bits, (1 << bits) - 1
     groups = -(-count // share)
     body = memoryview(payload)[_NARROW.size :]
     packed = _unpack(mode, body[:packed_size], groups)
     misfits = _unpack(misfit_mode, body[packed_size:], num_misfits)
-    wide = SCRATCH.words(slot, groups, share)
-    np.take(_SPREAD[bits], packed, out=wide, mode="clip")
+    wide, spare = SCRATCH.words(slot, groups, share), SCRATCH.words("spread", groups, share)
+    np.copyto(wide, packed)
+    for shift, mask in _SPREAD[bits]:
+        np.left_shift(wide, shift, out=spare)
+        np.bitwise_or(wide, spare, out=wide)
+        np.bitwise_and(wide, mask, out=wide)
     octets = wide.view(np.uint8)[:count]
     where = np.flatnonzero(octets == escape)
     if len(where) != num_misfits:
         raise damaged("a narrow plane has the wrong number of misfits")
-    octets[where] = misfits + np.uint8(escape)
-    return octets
+    octets[where] += misfits
+    return np.add(octets, np.uint8(bias), out=octets)
 
 
-def _spread(bits: int) -> Words:
-    """Packed byte -> its elements, as the bytes of one word."""
-    packed, share = np.arange(256, dtype=np.uint8), 8 // bits
-    elements = np.stack([packed >> (i * bits) & ((1 << bits) - 1) for i in range(share)], axis=1)
-    return np.ascontiguousarray(elements.astype(np.uint8)).view(WORD[share]).reshape(-1)
+def _spread_steps(bits: int) -> list[tuple[int, np.unsignedinteger[Any]]]:
+    """(shift, mask) of the steps that move the fields of a packed byte to the bytes of a word, half of them at a time."""
+    share = 8 // bits
+    steps, half = [], share // 2
+    while half:
+        field = (1 << (bits * half)) - 1
+        mask = sum(field << (8 * half * i) for i in range(share // half))
+        steps.append((half * (8 - bits), WORD[share].type(mask)))
+        half //= 2
+    return steps
 
 
-_SPREAD = {bits: _spread(bits) for bits in (1, 2, 4)}
+_SPREAD = {bits: _spread_steps(bits) for bits in (1, 2, 4)}
 
 
 # --- even

@@ -108,6 +108,34 @@ class Agreement:
         unequal = tuple(i for i in range(len(sets)) if _differ(next(top), next(top)))
         return Outcome(differing, raised, unequal)
 
+    def begin_max(self, values: Sequence[int], *, timeout_s: float) -> Callable[[], list[int]]:
+        """Start finding the largest of each value over the ranks, and go on. Collective, as is calling the result.
+
+        Args:
+            values: as many on each rank.
+            timeout_s: how long peers may be apart.
+
+        Returns:
+            A function that waits for the peers and gives the largest values; it raises SaveFailedError if one was lost.
+        """
+        if self.world_size == 1:
+            return lambda: list(values)
+        tensor = torch.tensor(list(values), dtype=torch.int64)
+        options: Any = dist.AllreduceOptions()
+        options.reduceOp, options.timeout = dist.ReduceOp.MAX, timedelta(seconds=timeout_s)
+        work = self._guarded("asking the ranks for news", lambda pg: pg.allreduce([tensor], options))
+
+        def result() -> list[int]:
+            self._guarded("asking the ranks for news", lambda _: work.wait())
+            return [int(value) for value in tensor.tolist()]
+
+        return result
+
+    @property
+    def calls(self) -> int:
+        """How many collective calls this rank has made; ranks that are at the same place have made as many."""
+        return self._calls
+
     def gather(self, value: T, *, what: str = "gathering") -> list[T]:
         """Every rank's value, by rank. Collective.
 
@@ -126,6 +154,24 @@ class Agreement:
             SaveFailedError: a peer was lost.
         """
         return self.gather(value if self.rank == src else None, what=what)[src]  # type: ignore[return-value]
+
+    def trade(self, give: torch.Tensor, given: Sequence[int], take: torch.Tensor, taken: Sequence[int]) -> None:
+        """Bytes from every rank to every rank. Collective.
+
+        Args:
+            give: what this rank has for the others, by rank, back to back.
+            given: bytes for each rank.
+            take: filled with what the others have for this rank, by rank.
+            taken: bytes from each rank; rank r's ``given`` for this one.
+
+        Raises:
+            SaveFailedError: a peer was lost.
+        """
+
+        def move(pg: Any) -> None:
+            pg.alltoall_base(take, give, list(taken), list(given), dist.AllToAllOptions()).wait()
+
+        self._guarded("exchanging bytes", move)
 
     def together(self, error: CkptError | None, *, what: str) -> None:
         """Return if no rank has an error, else raise the same one everywhere. Collective.

@@ -16,7 +16,7 @@ import xxhash
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ckptstore.dcp.boxes import Shape, box_of, dtype_name
+from ckptstore.dcp.boxes import Box, Shape, box_of, dtype_name
 from ckptstore.dcp.walk import Fragments, Kind, Walk
 from ckptstore.errors import StateError
 from ckptstore.format.manifest import Json
@@ -40,8 +40,7 @@ class BoundTensor:
         "requires_grad", "shape", "spec", "torch_dtype",
     )  # fmt: skip
 
-    def __init__(self, name: str, tensor: torch.Tensor, kind: Kind) -> None:
-        box = box_of(name, tensor)
+    def __init__(self, name: str, tensor: torch.Tensor, kind: Kind, box: Box) -> None:
         self.name = name
         self.kind = kind
         self.global_shape: Shape = box.global_shape
@@ -51,8 +50,8 @@ class BoundTensor:
         self.torch_dtype = box.local.dtype
         self.dtype = dtype_name(box.local.dtype)
         self.itemsize = box.local.element_size()
-        self.requires_grad = tensor.requires_grad
         self.spec: Any = tensor._spec if isinstance(tensor, DTensor) else None
+        self.requires_grad = (box.local if self.spec is None else tensor).requires_grad
         if 0 in self.global_shape:  # nothing to store but its shape, which any rank can
             self.offsets, self.shape = (0,) * len(self.global_shape), self.global_shape
         self.is_empty = box.local.numel() == 0 and 0 not in self.global_shape
@@ -178,8 +177,9 @@ class Binder:
                     locals_.append(local)
                     continue
             same = False
-            fresh.append(BoundTensor(names[i], tensor, kinds[i]))
-            locals_.append(box_of(names[i], tensor).local)
+            box = box_of(names[i], tensor)
+            fresh.append(BoundTensor(names[i], tensor, kinds[i], box))
+            locals_.append(box.local)
         if not same:
             self._described = tuple(fresh)
         return locals_, same

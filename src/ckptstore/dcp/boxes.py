@@ -6,6 +6,7 @@ their place in the global one. What it can't place exactly it refuses, by key.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parameter import is_lazy
 
+from ckptstore.dcp.fsdp1 import local_shard
 from ckptstore.errors import StateError
 
 Shape = tuple[int, ...]
@@ -27,7 +29,13 @@ _HINT = "leave it out of the state, or turn it into a plain tensor first"
 #: Sub-byte integers and bit fields: torch stores a byte for each and has no kernel that copies them.
 _BYTE_LIKE = frozenset(
     getattr(torch, name)
-    for name in (*(f"{sign}int{n}" for sign in ("", "u") for n in range(1, 8)), "bits8", "bits1x8", "bits2x4", "bits4x2")
+    for name in (
+        *(f"{sign}int{n}" for sign in ("", "u") for n in range(1, 8)),
+        "bits8",
+        "bits1x8",
+        "bits2x4",
+        "bits4x2",
+    )
     if hasattr(torch, name)
 )
 
@@ -79,6 +87,11 @@ def box_of(key: str, tensor: torch.Tensor) -> Box:
     """
     if isinstance(tensor, DTensor):
         return _box_of_dtensor(key, tensor)
+    shard = local_shard(tensor)
+    if shard is not None:
+        local, global_shape, offsets = shard
+        shape = tuple(local.shape) if local.numel() else (0,) * len(global_shape)
+        return Box(plain(key, local), global_shape, offsets, shape)
     local = plain(key, tensor)
     shape = tuple(local.shape)
     return Box(local, shape, (0,) * len(shape), shape)
@@ -142,12 +155,17 @@ def _place(key: str, global_shape: Shape, mesh: Any, placements: tuple[Any, ...]
     strided = any(type(p).__name__ == "_StridedShard" for p in placements)
     if not all(p.is_replicate() or type(p) is Shard or type(p).__name__ == "_StridedShard" for p in placements):
         raise _refusal(key, f"a DTensor with placements {placements}")
-    shape, offsets = compute_local_shape_and_global_offset(global_shape, mesh, placements)
+    shape, offsets = _computed_place(global_shape, mesh, placements)
     if strided and not _is_one_run(global_shape, mesh, placements):
         raise _refusal(key, f"a DTensor whose local part is not one box (placements {placements})")
-    if 0 in shape:
-        offsets = tuple(0 for _ in global_shape)
-    return tuple(shape), tuple(int(o) for o in offsets)
+    return shape, offsets
+
+
+@lru_cache(maxsize=4096)
+def _computed_place(global_shape: Shape, mesh: Any, placements: tuple[Any, ...]) -> tuple[Shape, Shape]:
+    """Cached: most tensors of a model have one of few shapes, and torch takes 0.1 ms for each."""
+    shape, offsets = compute_local_shape_and_global_offset(global_shape, mesh, placements)
+    return tuple(shape), (0,) * len(global_shape) if 0 in shape else tuple(int(o) for o in offsets)
 
 
 def _is_one_run(global_shape: Shape, mesh: Any, placements: tuple[Any, ...]) -> bool:

@@ -7,12 +7,14 @@ this way; :func:`walk` says why, and the caller asks them for their state dict i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from ckptstore.dcp.fsdp1 import is_sharded_by_fsdp1
 
 Kind = Literal["param", "buffer"]
 
@@ -69,11 +71,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def is_fsdp1(module: nn.Module) -> bool:
-    """Whether ``module`` itself is wrapped by ``FullyShardedDataParallel`` (its parameters are flat)."""
-    return "_fsdp_wrapped_module" in module._modules
-
-
 def _transparent_child(module: nn.Module) -> nn.Module | None:
     children = module._modules
     if len(children) != 1:
@@ -93,7 +90,7 @@ def _has_foreign_hooks(module: nn.Module) -> bool:
 def _collect(module: nn.Module, prefix: str, entries: ModuleEntries) -> None:
     child = _transparent_child(module)
     if child is not None:
-        if is_fsdp1(module):
+        if "_fsdp_wrapped_module" in module._modules:
             entries.slow = entries.slow or "FSDP1 keeps flat parameters"
         _collect(child, prefix, entries)
         return
@@ -125,7 +122,7 @@ def state_dict_of(module: nn.Module) -> dict[str, Any]:
 
     Collective for FSDP1. The tensors are live wherever the module hands out live ones.
     """
-    if any(is_fsdp1(m) for m in module.modules()):
+    if is_sharded_by_fsdp1(module):
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
         return dict(get_model_state_dict(module))
@@ -135,7 +132,7 @@ def state_dict_of(module: nn.Module) -> dict[str, Any]:
 
 def load_state_dict_into(module: nn.Module, state: dict[str, Any]) -> None:
     """Inverse of :func:`state_dict_of`: hand a complete state dict back. Collective for FSDP1."""
-    if any(is_fsdp1(m) for m in module.modules()):
+    if is_sharded_by_fsdp1(module):
         from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
         set_model_state_dict(module, state)
@@ -152,12 +149,3 @@ def _stripper(module: nn.Module) -> Callable[[str], str]:
         parallel += isinstance(inner, _PARALLEL)
         inner = _transparent_child(inner)
     return lambda name: _strip(name, parallel=parallel)
-
-
-def parameters_by_identity(module: nn.Module) -> Iterator[tuple[int, str]]:
-    """(id, fqn) of every parameter object; the first name wins for tied ones."""
-    seen: set[int] = set()
-    for fqn, tensor, kind in walk(module).tensors:
-        if kind == "param" and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield id(tensor), fqn

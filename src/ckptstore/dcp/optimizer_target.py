@@ -13,9 +13,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from ckptstore.dcp import modules, optimizers
+from ckptstore.dcp import fsdp1, modules, optimizers
 from ckptstore.dcp.boxes import dtype_of
 from ckptstore.dcp.stored import MISSING, Stub
 
@@ -38,9 +39,34 @@ def match_optimizer(matcher: Matcher, path: Path, optimizer: Optimizer, stored: 
     ):
         matcher.mismatch(key, "what is stored is not an optimizer's state")
         return
+    sharded = matcher.walk.fsdp1_of(optimizer)
+    if sharded is not None:
+        _match_fsdp1(matcher, key, sharded, optimizer, stored, groups)
+        return
     match = _Match(matcher, key, optimizer, stored, groups)
     match.states()
     match.groups()
+
+
+def _match_fsdp1(
+    matcher: Matcher,
+    key: str,
+    module: nn.Module,
+    optimizer: Optimizer,
+    stored: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+) -> None:
+    if not matcher.wants(key, key + ".*"):
+        return
+    mine = {name for group in fsdp1.optimizer_state(module, optimizer)["param_groups"] for name in group["params"]}
+    theirs = {name for group in groups for name in group["params"]}
+    for name in sorted(mine - theirs):
+        matcher.note_missing(f"{key}.state.{name}")
+    for name in sorted(theirs - mine, key=str):
+        matcher.unexpected(f"{key}.state.{name}")
+    if mine == theirs:
+        state = matcher.read_into_new(key, dict(stored))
+        matcher.found.actions.append((key, partial(fsdp1.load_optimizer_state, module, optimizer, state)))
 
 
 class _Match:

@@ -109,14 +109,15 @@ def plan_of(everyone: Sequence[Announced], rank: int, binding: Binding) -> Plan:
         pieces=tuple(_spec(binding, i) for i in indexes),
         indexes=indexes,
         fingerprint=binding.fingerprint,
-        key=_key(holders, everyone),
+        key=_key(holders, first, everyone),
         replicas=tuple((ranks, tuple(members)) for ranks, members in sorted(sets.items())),
         world_bytes=sum(claim.size_bytes for claim in claims.values()),
     )
 
 
-def _key(holders: dict[BoxKey, list[int]], everyone: Sequence[Announced]) -> int:
-    structure = (sorted(holders.items()), [sorted(aliases.items()) for _, aliases in everyone])
+def _key(holders: dict[BoxKey, list[int]], first: dict[str, tuple[int, Claim]], everyone: Sequence[Announced]) -> int:
+    dtypes = sorted((name, claim.dtype, claim.global_shape) for name, (_, claim) in first.items())
+    structure = (dtypes, sorted(holders.items()), [sorted(aliases.items()) for _, aliases in everyone])
     return xxhash.xxh3_64_intdigest(repr(structure).encode()) >> 2
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptstore.dcp import replicas
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.binder import Binder, Binding
 from ckptstore.dcp.planner import Plan, plan
+from ckptstore.dcp.replicas import Mode, ReplicaCheck
 from ckptstore.errors import CkptError, SaveFailedError
 
 
@@ -36,11 +36,12 @@ class Preparer:
     Steady state costs one bind and one small all-reduce. Not thread-safe.
     """
 
-    def __init__(self, agreement: Agreement, *, check_replicas: replicas.Mode = "sample") -> None:
+    def __init__(self, agreement: Agreement, *, check_replicas: Mode = "sample") -> None:
         self._agreement = agreement
         self._check = check_replicas
         self._binder = Binder(rank=agreement.rank)
         self._plan: Plan | None = None
+        self._replicas: ReplicaCheck | None = None
 
     def prepare(
         self,
@@ -91,23 +92,23 @@ class Preparer:
             assert binding is not None
             self._plan = None
             self._plan = plan(binding, self._agreement)
+            self._replicas = ReplicaCheck(binding, self._plan, self._agreement.rank, self._check)
             is_new_plan = True
         assert binding is not None
         assert self._plan is not None
         if outcome.unequal_sets:
-            replicas.explain(
-                binding, self._plan, self._agreement, outcome.unequal_sets, mode=self._check, counter=counter
-            )
+            assert self._replicas is not None
+            self._replicas.explain(binding, self._agreement, outcome.unequal_sets, counter)
         raised = frozenset(name.removeprefix("user.") for name in outcome.raised if name.startswith("user."))
         return Prepared(binding, self._plan, is_new_plan, raised)
 
     def _digests(self, binding: Binding | None, current: Plan | None, counter: int) -> list[int | None]:
         """As many values as the agreed plan has sets, whatever this rank has."""
-        if self._agreement.world_size == 1 or self._plan is None:
+        if self._agreement.world_size == 1 or self._plan is None or self._replicas is None:
             return []
         if binding is None or current is None:
-            return [None] * (1 + len(self._plan.replicas))
-        return replicas.digests(binding, current, self._agreement.rank, mode=self._check, counter=counter)
+            return [None] * len(self._replicas)
+        return self._replicas.digests(binding, counter)
 
     def _raise_different_saves(self, step: int, counter: int) -> None:
         everyone = self._agreement.gather((step, counter), what="comparing steps")

@@ -8,7 +8,8 @@ save), all of everything with ``check_replicas="full"``. Module buffers are left
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -31,96 +32,134 @@ _SMALL_TOTAL_BYTES = 32 << 20
 _SLICE_BYTES = 16 << 20
 
 
-def digests(binding: Binding, plan: Plan, rank: int, *, mode: Mode, counter: int) -> list[int | None]:
-    """One number for the plain values and one per set of replica holders; equal where the values looked at are.
+@dataclass
+class _Set:
+    """Replicas that the same ranks hold, as places in a binding; empty on ranks outside the set."""
+
+    is_mine: bool
+    small: dict[torch.dtype, list[int]] = field(default_factory=dict)
+    large: list[int] = field(default_factory=list)
+
+
+class ReplicaCheck:
+    """Compares what a plan says is replicated. One per plan.
 
     Args:
-        counter: number of the save, the same on all ranks; it drives the rotation.
-
-    Returns:
-        Values for ``Agreement.agree(sets=...)``: None for sets this rank has no part in.
+        binding: any binding of the plan's structure.
     """
-    if mode == "off":
-        return [None] * (1 + len(plan.replicas))
-    values: list[int | None] = [_int(xxhash.xxh3_64_intdigest(canonical(binding.outline())))]
-    for ranks, indexes in plan.replicas:
-        values.append(_digest_of(binding, _looked_at(binding, indexes, mode, counter)) if rank in ranks else None)
-    return values
 
+    def __init__(self, binding: Binding, plan: Plan, rank: int, mode: Mode) -> None:
+        self._mode = mode
+        self._sets: list[_Set] = []
+        for ranks, indexes in plan.replicas:
+            each = _Set(rank in ranks)
+            budget = _SMALL_TOTAL_BYTES
+            for index in indexes:
+                bound = binding.tensors[index]
+                if bound.kind == "buffer":
+                    continue
+                if bound.size_bytes <= SMALL_BYTES and bound.size_bytes <= budget:
+                    budget -= bound.size_bytes
+                    each.small.setdefault(bound.torch_dtype, []).append(index)
+                else:
+                    each.large.append(index)
+            self._sets.append(each)
 
-def explain(
-    binding: Binding, plan: Plan, agreement: Agreement, unequal: Sequence[int], *, mode: Mode, counter: int
-) -> None:
-    """Some digests differ: find the key and raise the same error everywhere. Collective.
+    def __len__(self) -> int:
+        return 1 + len(self._sets)
 
-    Raises:
-        StateError: names the key and the ranks.
-    """
-    mine: dict[str, int] = {}
-    if 0 in unequal:
-        mine.update(_plain_values(binding))
-    for i, (ranks, indexes) in enumerate(plan.replicas, start=1):
-        if i in unequal and agreement.rank in ranks:
-            for index, start, count in _looked_at(binding, indexes, mode, counter):
-                mine[binding.tensors[index].name] = _digest_of(binding, [(index, start, count)])
-    everyone = agreement.gather(mine, what="comparing replicas")
-    for key in sorted({key for each in everyone for key in each}):
-        by_value: dict[int | None, list[int]] = {}
-        for rank, each in enumerate(everyone):
-            by_value.setdefault(each.get(key), []).append(rank)
-        tensor_holders = {value: ranks for value, ranks in by_value.items() if value is not None}
-        if len(tensor_holders) > 1 or (key in everyone[0] and None in by_value and 0 in unequal):
-            groups = sorted(by_value.values(), key=lambda ranks: (-len(ranks), ranks))
-            odd = sorted(rank for group in groups[1:] for rank in group)
-            raise StateError(
-                f"{key!r} should be the same on all ranks but differs between rank {groups[0][0]} and "
-                f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}",
-                hint="synchronise it, or keep each rank's own with per_rank(...)",
-                key=key,
-                ranks=odd,
-            )
-    raise StateError("the state differs between ranks", hint="keep each rank's own values with per_rank(...)", key="")
+    def digests(self, binding: Binding, counter: int) -> list[int | None]:
+        """One number for the plain values and one per set; equal on all ranks where what was looked at is.
 
+        Args:
+            counter: number of the save, the same on all ranks; it drives the rotation.
 
-def _looked_at(binding: Binding, indexes: Sequence[int], mode: Mode, counter: int) -> list[tuple[int, int, int | None]]:
-    """(index, first element, number of elements or None for all) of what this save compares."""
-    small: list[tuple[int, int, int | None]] = []
-    large: list[int] = []
-    budget = _SMALL_TOTAL_BYTES
-    for index in indexes:
-        bound = binding.tensors[index]
-        if bound.kind == "buffer":
-            continue
-        size = bound.size_bytes
-        if mode == "full" or (size <= SMALL_BYTES and size <= budget):
-            small.append((index, 0, None))
-            budget -= size
-        else:
-            large.append(index)
-    if large:
-        turn, which = divmod(counter, len(large))
-        bound = binding.tensors[large[which]]
+        Returns:
+            Values for ``Agreement.agree(sets=...)``: None for sets this rank has no part in.
+        """
+        if self._mode == "off":
+            return [None] * len(self)
+        values: list[int | None] = [_int(xxhash.xxh3_64_intdigest(canonical(binding.outline())))]
+        with torch.no_grad():
+            for each in self._sets:
+                if not each.is_mine:
+                    values.append(None)
+                    continue
+                state = xxhash.xxh3_64()
+                for indexes in each.small.values():
+                    _update(state, _joined([binding.locals[i] for i in indexes]))
+                for index, start, count in self._large(binding, each, counter):
+                    _update(state, _slice(binding.locals[index], start, count))
+                values.append(_int(state.intdigest()))
+        return values
+
+    def explain(self, binding: Binding, agreement: Agreement, unequal: Sequence[int], counter: int) -> None:
+        """Some digests differ: find the key and raise the same error everywhere. Collective.
+
+        Args:
+            unequal: places of the differing values in what :meth:`digests` returned.
+
+        Raises:
+            StateError: names the key and the ranks.
+        """
+        mine: dict[str, int] = _plain_values(binding) if 0 in unequal else {}
+        with torch.no_grad():
+            for each in (self._sets[i - 1] for i in unequal if i):
+                looked_at = [(i, 0, None) for indexes in each.small.values() for i in indexes]
+                for index, start, count in [*looked_at, *self._large(binding, each, counter)]:
+                    state = xxhash.xxh3_64()
+                    _update(state, _slice(binding.locals[index], start, count))
+                    mine[binding.tensors[index].name] = _int(state.intdigest())
+        everyone = agreement.gather((frozenset(_plain_values(binding)), mine), what="comparing replicas")
+        for key in sorted({key for _, values in everyone for key in values}):
+            plain = any(key in names for names, _ in everyone)
+            by_value: dict[int | None, list[int]] = {}
+            for rank, (_, values) in enumerate(everyone):
+                if plain or key in values:
+                    by_value.setdefault(values.get(key), []).append(rank)
+            if len(by_value) > 1:
+                _raise(key, list(by_value.values()))
+        raise StateError("the state differs between ranks", hint="keep each rank's own with per_rank(...)", key="")
+
+    def _large(self, binding: Binding, each: _Set, counter: int) -> list[tuple[int, int, int | None]]:
+        """(index, first element, number of elements or None for all) of the large ones this save looks at."""
+        if self._mode == "full" or not each.large:
+            return [(index, 0, None) for index in each.large]
+        turn, which = divmod(counter, len(each.large))
+        bound = binding.tensors[each.large[which]]
         elements = max(1, _SLICE_BYTES // bound.itemsize)
         slices = -(-bound.size_bytes // (elements * bound.itemsize))
-        small.append((large[which], (turn % slices) * elements, elements))
-    return small
+        return [(each.large[which], (turn % slices) * elements, elements)]
 
 
-def _digest_of(binding: Binding, looked_at: Iterable[tuple[int, int, int | None]]) -> int:
-    state = xxhash.xxh3_64()
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    with torch.no_grad():
-        for index, start, count in looked_at:
-            flat = copyable(binding.locals[index].detach()).reshape(-1)
-            if count is not None:
-                flat = flat[start : start + count]
-            if flat.nbytes > SMALL_BYTES:
-                _update(state, flat)
-            else:
-                by_dtype.setdefault(flat.dtype, []).append(flat)
-        for parts in by_dtype.values():
-            _update(state, torch.cat([part.cpu() for part in parts]))
-    return _int(state.intdigest())
+def _raise(key: str, groups: list[list[int]]) -> None:
+    groups.sort(key=lambda ranks: (-len(ranks), ranks))
+    odd = sorted(rank for group in groups[1:] for rank in group)
+    raise StateError(
+        f"{key!r} should be the same on all ranks but differs between rank {groups[0][0]} and "
+        f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}",
+        hint="synchronise it, or keep each rank's own with per_rank(...)",
+        key=key,
+        ranks=odd,
+    )
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """All their elements in one CPU tensor; per tensor much cheaper than hashing each."""
+    if tensors[0].is_complex():
+        tensors = [tensor.resolve_conj() for tensor in tensors]
+    if any(tensor.is_neg() for tensor in tensors):
+        tensors = [tensor.resolve_neg() for tensor in tensors]
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(copyable(tensor))
+    flats: list[torch.Tensor] = [torch._C._nn.flatten_dense_tensors(group).cpu() for group in by_device.values()]
+    return flats[0] if len(flats) == 1 else torch.cat(flats)
+
+
+def _slice(tensor: torch.Tensor, start: int, count: int | None) -> torch.Tensor:
+    flat = copyable(tensor.detach()).reshape(-1)
+    return flat if count is None else flat[start : start + count]
 
 
 def _update(state: xxhash.xxh3_64, flat: torch.Tensor) -> None:

@@ -48,7 +48,8 @@ class Stage:
     def __init__(self, plan: Plan, starts: Sequence[int]) -> None:
         self._plan = plan
         self._starts = tuple(starts)
-        self._targets: dict[int, list[torch.Tensor]] = {}
+        self._targets: dict[int, tuple[list[torch.Tensor], list[int]]] = {}
+        self._total = 0
 
     def copy(self, binding: Binding, image: Any, threads: int = 1) -> int:
         """Copy every piece to its place in ``image``; all bytes are there when this returns.
@@ -62,35 +63,42 @@ class Stage:
             Bytes copied.
         """
         locals_ = binding.locals
-        host: list[_Copy] = []
-        cuda: list[_Copy] = []
-        total = 0
-        for index, target in zip(self._plan.indexes, self._views(binding, image), strict=True):
-            size = target.nbytes
-            if size:
-                total += size
-                source = copyable(locals_[index])
-                (cuda if source.is_cuda else host).append(_Copy(target, source, size))
+        targets, indexes = self._views(binding, image)
+        sources = [copyable(locals_[i]) for i in indexes]
+        total = self._total
+        threads = min(threads, max(1, total // _BYTES_PER_THREAD))
         with torch.no_grad():
-            if cuda:
-                _copy_from_cuda(cuda)
-            _run(host, min(threads, max(1, total // _BYTES_PER_THREAD)))
+            if any(source.is_cuda for source in sources):
+                copies = [_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]
+                _copy_from_cuda([copy for copy in copies if copy.source.is_cuda])
+                _run([copy for copy in copies if not copy.source.is_cuda], threads)
+            elif threads > 1:
+                _run([_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)], threads)
+            elif targets:
+                torch._foreach_copy_(targets, sources)
         return total
 
     def forget(self) -> None:
         """Release all images seen so far."""
         self._targets.clear()
 
-    def _views(self, binding: Binding, image: Any) -> list[torch.Tensor]:
+    def _views(self, binding: Binding, image: Any) -> tuple[list[torch.Tensor], list[int]]:
+        """Where the pieces with any bytes go in ``image``, and their places in the binding."""
         whole = torch.frombuffer(image, dtype=torch.uint8)
-        targets = self._targets.get(whole.data_ptr())
-        if targets is None:
-            targets = self._targets[whole.data_ptr()] = []
+        views = self._targets.get(whole.data_ptr())
+        if views is None:
+            targets: list[torch.Tensor] = []
+            indexes: list[int] = []
             for index, start in zip(self._plan.indexes, self._starts, strict=True):
                 bound = binding.tensors[index]
-                target = whole[start : start + bound.size_bytes].view(bound.torch_dtype)
-                targets.append(copyable(target.view(bound.local_shape if bound.size_bytes else bound.shape)))
-        return targets
+                size = bound.size_bytes
+                if size:
+                    target = whole[start : start + size].view(bound.torch_dtype).view(bound.local_shape)
+                    targets.append(copyable(target))
+                    indexes.append(index)
+            self._total = sum(target.nbytes for target in targets)
+            views = self._targets[whole.data_ptr()] = (targets, indexes)
+        return views
 
 
 def _run(copies: list[_Copy], threads: int) -> None:

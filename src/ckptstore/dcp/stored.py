@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ckptstore.dcp import torch_types as _torch_types  # noqa: F401  # registers torch's small types
+from ckptstore.dcp.modules import EXTRA_STATE
 from ckptstore.errors import FormatError
 from ckptstore.format import tree
 from ckptstore.format.manifest import Json, Piece, RootManifest, TensorMeta
@@ -230,7 +231,7 @@ def flatten(stored: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in stored.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value and _holds_stub(value):
+        if isinstance(value, Mapping) and _holds_stub(value) and not name.endswith(EXTRA_STATE):
             flat.update(flatten(value, name + "."))
         else:
             flat[name] = value

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ckptstore.dcp import modules, optimizers
+from ckptstore.dcp import fsdp1, modules, optimizers
 from ckptstore.dcp import torch_types as _torch_types  # noqa: F401  # registers torch's small types
 from ckptstore.dcp.markers import PerRank, Trainable
 from ckptstore.errors import StateError
@@ -93,6 +93,10 @@ class Walk:
                         self._owners.setdefault(id(tensor), optimizers.Owner(key, fqn))
         return self._owners
 
+    def fsdp1_of(self, optimizer: Optimizer) -> nn.Module | None:
+        """The FSDP1 module this optimizer steps, if any."""
+        return fsdp1.module_of(optimizer, (module for _, module in modules_in(self._state)))
+
     # -- leaves ---------------------------------------------------------------------------------------------------
 
     def _leaf(self, path: Path, value: object) -> object:
@@ -143,11 +147,7 @@ class Walk:
         entries = self.entries_of(module)
         if entries.slow is not None:
             self.slow_path = self.slow_path or f"{'.'.join(map(str, path))}: {entries.slow}"
-            state = modules.state_dict_of(module)
-            if trainable_only:
-                frozen = {fqn for fqn, tensor, kind in entries.tensors if kind == "param" and not tensor.requires_grad}
-                state = {key: item for key, item in state.items() if key not in frozen}
-            return state
+            return self._module_by_state_dict(path, module, entries, trainable_only=trainable_only)
         prefix = ".".join(map(str, path))
         keys: list[str] = []
         names: list[str] = []
@@ -164,10 +164,28 @@ class Walk:
             return self._fragment(path, (keys, names), refs)
         return {**refs(), **{fqn: owner.get_extra_state() for fqn, owner in entries.extra.items()}}
 
+    def _module_by_state_dict(
+        self, path: Path, module: nn.Module, entries: modules.ModuleEntries, *, trainable_only: bool
+    ) -> dict[str, object]:
+        prefix = ".".join(map(str, path))
+        kinds = {fqn: kind for fqn, _, kind in entries.tensors}
+        frozen = {fqn for fqn, tensor, kind in entries.tensors if kind == "param" and not tensor.requires_grad}
+        state: dict[str, object] = {}
+        for fqn, value in modules.state_dict_of(module).items():
+            if trainable_only and fqn in frozen:
+                continue
+            if isinstance(value, torch.Tensor):
+                value = tree.TensorRef(self._add(prefix, path, (fqn,), value, kinds.get(fqn, "param")))
+            state[fqn] = value
+        return state
+
     def _optimizer(self, path: Path, optimizer: Optimizer) -> object:
         optimizer = optimizers.unwrapped(optimizer)
         if optimizers.has_own_state_dict(optimizer):
             return optimizer.state_dict()
+        sharded = self.fsdp1_of(optimizer)
+        if sharded is not None:
+            return fsdp1.optimizer_state(sharded, optimizer)
         names = optimizers.parameter_names(optimizer, self.owners)
         state, groups = optimizers.read(optimizer, names)
         for i, group in enumerate(groups):

@@ -20,7 +20,7 @@ from ckptstore.errors import (
     IntegrityError,
     TransientError,
 )
-from ckptstore.format.manifest import Parent
+from ckptstore.format.manifest import Parent, Summary
 from ckptstore.repo import names, timelines
 from ckptstore.repo.local_save import LocalSave
 from ckptstore.repo.record import LOCAL, Damaged, Record
@@ -63,6 +63,7 @@ class Catalog:
         run: str,
         *,
         tolerate_unreachable: bool = False,
+        elsewhere: Sequence[Summary] = (),
     ) -> Catalog:
         """The union of these tiers, now. One directory listing; two LISTs per remote; summaries only where needed.
 
@@ -72,6 +73,7 @@ class Catalog:
             run: Name of the run.
             tolerate_unreachable: Leave out remotes that can't be reached now, provided that the other tiers have
                 something to offer: for resuming after the network went, never for deciding that a run is new.
+            elsewhere: Saves that are complete on other nodes of this job: their local tiers and this one are one.
 
         Raises:
             TransientError: a remote can't be reached. Trying again can help.
@@ -81,7 +83,7 @@ class Catalog:
             local.exists()  # refuses a newer format; a root that lost its marker still shows its saves
         local_saves = local.saves(run) if local is not None else []
         pins = local.pins(run) if local is not None else set()
-        union = Union(run, local_saves)
+        union = Union(run, local_saves, elsewhere)
         pins |= union.read(remotes, tolerate_unreachable=tolerate_unreachable)
         if union.unreachable and not union.summaries:
             raise next(iter(union.unreachable.values()))

@@ -7,8 +7,10 @@ result must have the digest that the shard manifest states, which the root manif
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from ckptstore import codec
 from ckptstore.errors import CkptError, FormatError, IntegrityError, NotFoundError, StorageError, TransientError
@@ -17,7 +19,18 @@ from ckptstore.repo.packs import Chunk, PlacedFrame, Range, placed, ranges
 from ckptstore.repo.remote import RemoteTier
 
 #: Plain bytes of base chunks kept, for deltas that share one (tied rows, chunks of zeros) and for readers in pieces.
-BASE_CACHE_BYTES = 64 << 20
+BASE_CACHE_BYTES = 32 << 20
+#: A remote that did not answer is asked last for so long: its retries must not slow every request of a load.
+AVOID_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One chunk of rank ``ref.rank``'s shard and the memory it shall go to, which is of its size."""
+
+    ref: ShardRef
+    chunk: Chunk
+    out: memoryview
 
 
 class Failures:
@@ -93,6 +106,7 @@ class RemoteChunks:
         self._on_received = on_received
         self._documents: dict[tuple[str, int], RemoteShard] = {}
         self._bases = BaseCache()
+        self._avoided: dict[str, float] = {}
 
     def document(self, remote: RemoteTier, ref: ShardRef) -> RemoteShard:
         """Where this remote holds rank ``ref.rank``'s chunks; read once.
@@ -129,22 +143,91 @@ class RemoteChunks:
                 failures.add(remote.name, error)
         return None
 
-    def read_range(self, remote: RemoteTier, request: Range) -> Iterator[tuple[PlacedFrame, memoryview | CkptError]]:
+    def read_many(self, wanted: Sequence[Wanted]) -> list[str | None]:
+        """Chunks into their memory, neighbouring frames in one request each; for each the remote that had it.
+
+        None where no remote gave it now: :meth:`read` says why. Blocks; call it from several threads for several
+        requests in flight.
+        """
+        sources: list[str | None] = [None] * len(wanted)
+        left = list(range(len(wanted)))
+        for remote in self.remotes:
+            if left and self._avoided.get(remote.name, 0.0) <= time.monotonic():
+                left = self._in_bulk(remote, wanted, left, sources)
+        return sources
+
+    def _in_bulk(
+        self, remote: RemoteTier, wanted: Sequence[Wanted], numbers: list[int], sources: list[str | None]
+    ) -> list[int]:
+        """What this remote can give of these; returns the numbers of the others."""
+        by_frame: defaultdict[PlacedFrame, list[int]] = defaultdict(list)
+        try:
+            for number in numbers:
+                chunk = wanted[number].chunk
+                document = self.document(remote, wanted[number].ref)
+                by_frame[placed(document, document.frames[document.chunks[chunk.piece][chunk.index]])].append(number)
+            outs = {frame: wanted[which[0]].out for frame, which in by_frame.items()}
+            for request in ranges(by_frame):
+                try:
+                    for frame, plain in self.read_range(remote, request, outs):
+                        if not isinstance(plain, CkptError):
+                            self._hand_out(plain, [(n, wanted[n]) for n in by_frame[frame]], sources, remote.name)
+                except (NotFoundError, IntegrityError):
+                    continue  # these bytes are gone or cut off; what lies in other packs may be whole
+        except (FormatError, IntegrityError, NotFoundError):
+            pass  # no document to go by
+        except StorageError:
+            self._avoided[remote.name] = time.monotonic() + AVOID_SECONDS
+        return [number for number in numbers if sources[number] is None]
+
+    @staticmethod
+    def _hand_out(
+        plain: memoryview, takers: Sequence[tuple[int, Wanted]], sources: list[str | None], name: str
+    ) -> None:
+        found = digest(plain)
+        for number, taker in takers:
+            if found == taker.chunk.digest:
+                if taker is not takers[0][1]:
+                    taker.out[:] = plain
+                sources[number] = name
+
+    def read_range(
+        self, remote: RemoteTier, request: Range, outs: Mapping[PlacedFrame, memoryview] | None = None
+    ) -> Iterator[tuple[PlacedFrame, memoryview | CkptError]]:
         """Every frame of one request, decoded or damaged on its own; the caller compares digests.
 
         The bases of deltas are fetched in ranges too: they lie side by side, as the deltas do.
 
+        Args:
+            remote: Whom to ask.
+            request: What to ask for.
+            outs: Memory to decode a frame into; the others get memory of their own.
+
         Raises:
             NotFoundError, IntegrityError, StorageError: nothing of this request can be had.
         """
-        bases = {frame.base for frame in request.frames if frame.base is not None}
         plain: dict[PlacedFrame, memoryview | CkptError] = {}
-        for part in ranges(bases):
-            plain.update(self._cut(remote, part, {}))
-        yield from self._cut(remote, request, plain)
+        absent: set[PlacedFrame] = set()
+        for frame in request.frames:
+            if frame.base is not None:
+                held = self._bases.get(frame.base.name)
+                if held is None:
+                    absent.add(frame.base)
+                else:
+                    plain[frame.base] = memoryview(held)
+        for part in ranges(absent):
+            for base, found in self._cut(remote, part, {}, {}):
+                plain[base] = found
+                if not isinstance(found, CkptError) and strong_digest(found) == base.name:
+                    self._bases.put(base.name, bytes(found))
+        yield from self._cut(remote, request, plain, outs or {})
 
     def _cut(
-        self, remote: RemoteTier, request: Range, bases: Mapping[PlacedFrame, memoryview | CkptError]
+        self,
+        remote: RemoteTier,
+        request: Range,
+        bases: Mapping[PlacedFrame, memoryview | CkptError],
+        outs: Mapping[PlacedFrame, memoryview],
     ) -> Iterator[tuple[PlacedFrame, memoryview | CkptError]]:
         data = memoryview(self._get(remote, request.pack, request.start, request.length))
         for frame in request.frames:
@@ -154,7 +237,7 @@ class RemoteChunks:
                 continue
             try:
                 body = data[frame.offset - request.start :][: frame.length]
-                yield frame, codec.decode(body, size_bytes=frame.size_bytes, base=base)
+                yield frame, codec.decode(body, size_bytes=frame.size_bytes, base=base, out=outs.get(frame))
             except IntegrityError as error:
                 yield frame, error
 

@@ -34,10 +34,12 @@ from ckptstore.format.manifest import (
     digest,
     root_from,
 )
+from ckptstore.repo import directory
 from ckptstore.repo.durable import READ_FLAGS
-from ckptstore.repo.frames import Failures, RemoteChunks
+from ckptstore.repo.frames import Failures, RemoteChunks, Wanted
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.packs import Chunk, chunks_of
+from ckptstore.repo.peers import PEERS, Told
 from ckptstore.repo.record import LOCAL, Record
 from ckptstore.repo.remote import RemoteTier
 
@@ -61,6 +63,7 @@ class CheckpointReader:
         record: The save, as the catalogue knows it.
         local: The local tier, if there is one.
         remotes: All remotes, in order of preference; those that lack the save are not asked.
+        told: Manifests that other nodes of this job hold; their shard files are theirs to read.
 
     Raises:
         IntegrityError: no tier has manifests that fit together.
@@ -69,8 +72,11 @@ class CheckpointReader:
         StorageError: ... or refuses.
     """
 
-    def __init__(self, record: Record, local: LocalTier | None, remotes: Sequence[RemoteTier]) -> None:
+    def __init__(
+        self, record: Record, local: LocalTier | None, remotes: Sequence[RemoteTier], *, told: Told | None = None
+    ) -> None:
         self._summary = record.summary
+        self._told = told
         self._local = local
         self._save = record.local if local is not None else None
         self._places = dict(record.remote)
@@ -79,6 +85,7 @@ class CheckpointReader:
         self._fds: dict[int, int | None] = {}
         self._bytes: Counter[str] = Counter()
         self._repaired: set[str] = set()
+        self._manifests_here: set[int] = set()
         self.root, self.shards = self._open()
         self._tables = {rank: chunks_of(shard) for rank, shard in self.shards.items()}
         self._refs = {ref.rank: ref for ref in self.root.shards}
@@ -124,6 +131,15 @@ class CheckpointReader:
         with self._lock:
             return tuple(sorted(self._repaired))
 
+    @property
+    def ranks_here(self) -> frozenset[int]:
+        """Ranks whose shard file is in the local tier, of the right size: those are read without asking anybody."""
+        if self._save is None:
+            return frozenset()
+        path = self._save.path
+        shards = [self.shards[rank] for rank in self._manifests_here]
+        return frozenset(s.rank for s in shards if directory.file_bytes(path / s.file) == s.file_bytes)
+
     def pieces(self, fqn: str) -> list[tuple[int, int, Piece]]:
         """Where this tensor's boxes lie: (rank, number of the piece in its shard, piece). Follows aliases.
 
@@ -158,27 +174,44 @@ class CheckpointReader:
             TransientError: a tier that may have one can't be reached now.
             StorageError: ... or refuses.
         """
-        chunk = self._tables[rank][piece_index][chunk_index]
-        view = out.cast("B")
-        if view.nbytes != chunk.size_bytes:
-            raise ValueError(f"out has {view.nbytes} bytes, the chunk {chunk.size_bytes}")
-        failures = Failures()
-        if self._save is not None:
-            try:
-                self._read_local(rank, chunk, view)
-                return self._count(LOCAL, chunk)
-            except (OSError, IntegrityError) as error:
-                # A disk that fails is no reason to wait for it: another tier, or a verdict that names the errno.
-                failures.add(LOCAL, IntegrityError(str(error)))
-        source = self._chunks.read(self._refs[rank], chunk, view, failures)
-        if source is None:
-            fqn = self.shards[rank].pieces[piece_index].fqn
-            raise failures.error(
-                f"{fqn} (rank {rank}, step {self.root.summary.step})", key=fqn, rank=rank, step=self.root.summary.step
-            )
-        if self._save is not None:
-            self._repair(rank, chunk, view)
-        return self._count(source, chunk)
+        return self.read_batch([(rank, piece_index, chunk_index, out)])[0]
+
+    def read_batch(self, wanted: Sequence[tuple[int, int, int, memoryview]]) -> list[str]:
+        """Many chunks, each as :meth:`read_chunk` does it; what comes from a remote shares requests with its neighbours.
+
+        Call it from several threads with batches of some MiB, each of neighbours in one shard: then that many requests
+        are in flight, each about so large, and no more memory is used than that.
+
+        Args:
+            wanted: (rank, number of the piece, number of the chunk, out).
+
+        Returns:
+            The source of each.
+
+        Raises:
+            IntegrityError, TransientError, StorageError: as :meth:`read_chunk`, for the first that can't be had.
+        """
+        sources: list[str | None] = []
+        missing: list[tuple[int, Wanted, Failures]] = []
+        for number, (rank, piece_index, chunk_index, out) in enumerate(wanted):
+            chunk = self._tables[rank][piece_index][chunk_index]
+            view = out.cast("B")
+            if view.nbytes != chunk.size_bytes:
+                raise ValueError(f"out has {view.nbytes} bytes, the chunk {chunk.size_bytes}")
+            failures = Failures()
+            is_here = self._save is not None and self._try_local(rank, chunk, view, failures)
+            sources.append(LOCAL if is_here else None)
+            if not is_here:
+                missing.append((number, Wanted(self._refs[rank], chunk, view), failures))
+        if missing:
+            found = self._chunks.read_many([one for _, one, _ in missing])
+            for (number, one, failures), source in zip(missing, found, strict=True):
+                sources[number] = source if source is not None else self._read_at_last(one, failures)
+                if self._save is not None:
+                    self._repair(one.ref.rank, one.chunk, one.out)
+        return [
+            self._count(source, one[3].nbytes) for source, one in zip(sources, wanted, strict=True) if source is not None
+        ]
 
     # --- manifests
 
@@ -197,8 +230,10 @@ class CheckpointReader:
                     raise IntegrityError(f"the root manifest on {name} does not follow from its shard manifests")
                 return root, shards
             except (IntegrityError, FormatError, StorageError) as error:
+                self._manifests_here.clear()
                 failures.add(name, error)
             except IncompleteCheckpointError as error:
+                self._manifests_here.clear()
                 incomplete = error
         if incomplete is not None and not failures.tried:
             raise incomplete
@@ -211,6 +246,9 @@ class CheckpointReader:
                 yield LOCAL, self._local.root_manifest(self._summary.run, self._save)
             except CkptError as error:
                 failures.add(LOCAL, IntegrityError(error.message))
+        if self._told is not None:
+            for root in self._told.root_manifests(run=self._summary.run, save_id=self._summary.save_id):
+                yield PEERS, root
         for remote in self._chunks.remotes:
             try:
                 yield remote.name, remote.root_manifest(self._places[remote.name])
@@ -221,24 +259,49 @@ class CheckpointReader:
         failures = Failures()
         if self._local is not None and self._save is not None:
             try:
-                return self._local.shard_manifest(self._save.path, ref)
+                shard = self._local.shard_manifest(self._save.path, ref)
+                self._manifests_here.add(ref.rank)
+                return shard
             except NotFoundError as error:
                 failures.add(LOCAL, error)
             except CkptError as error:
                 failures.add(LOCAL, IntegrityError(error.message))
-        shard = self._chunks.shard(ref, failures)
-        if shard is None and failures.is_absent and not self._chunks.remotes:
+        if self._told is not None:
+            try:
+                return self._told.shard(ref)
+            except (NotFoundError, IntegrityError, FormatError) as error:
+                failures.add(PEERS, error)
+        found = self._chunks.shard(ref, failures)
+        if found is None and failures.is_absent and not self._chunks.remotes:
             raise IncompleteCheckpointError(
                 f"the part of rank {ref.rank}, step {self._summary.step}, is not here: it is on node {ref.node}",
                 hint="name a remote, or a file system that all nodes share",
                 rank=ref.rank,
                 step=self._summary.step,
             )
-        if shard is None:
+        if found is None:
             raise failures.error(f"the shard manifest of rank {ref.rank}", rank=ref.rank, step=self._summary.step)
-        return shard
+        return found
 
-    # --- local bytes
+    # --- bytes
+
+    def _read_at_last(self, one: Wanted, failures: Failures) -> str:
+        """One chunk on its own, from every remote; or the verdict with all reasons."""
+        source = self._chunks.read(one.ref, one.chunk, one.out, failures)
+        if source is not None:
+            return source
+        rank, step = one.ref.rank, self.root.summary.step
+        fqn = self.shards[rank].pieces[one.chunk.piece].fqn
+        raise failures.error(f"{fqn} (rank {rank}, step {step})", key=fqn, rank=rank, step=step)
+
+    def _try_local(self, rank: int, chunk: Chunk, out: memoryview, failures: Failures) -> bool:
+        try:
+            self._read_local(rank, chunk, out)
+        except (OSError, IntegrityError) as error:
+            # A disk that fails is no reason to wait for it: another tier, or a verdict that names the errno.
+            failures.add(LOCAL, IntegrityError(str(error)))
+            return False
+        return True
 
     def _read_local(self, rank: int, chunk: Chunk, out: memoryview) -> None:
         fd = self._fd(rank)
@@ -291,7 +354,7 @@ class CheckpointReader:
         with self._lock:
             self._repaired.add(shard.file)
 
-    def _count(self, source: str, chunk: Chunk) -> str:
+    def _count(self, source: str, size_bytes: int) -> str:
         with self._lock:
-            self._bytes[source] += chunk.size_bytes
+            self._bytes[source] += size_bytes
         return source

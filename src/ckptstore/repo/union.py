@@ -27,7 +27,7 @@ CONCURRENCY = 16
 class Union:
     """Collects what the tiers say about each save."""
 
-    def __init__(self, run: str, local_saves: Iterable[LocalSave]) -> None:
+    def __init__(self, run: str, local_saves: Iterable[LocalSave], elsewhere: Iterable[Summary] = ()) -> None:
         self.run = run
         self.local: dict[str, LocalSave] = {}
         self.remote: dict[str, dict[str, RemoteSave]] = {}
@@ -41,6 +41,10 @@ class Union:
             self.local[save.save_id] = save
             if _usable(save) and save.summary is not None:
                 self.summaries[save.save_id] = save.summary
+        self.elsewhere: set[str] = set()
+        for summary in elsewhere:
+            self.elsewhere.add(summary.save_id)
+            self.summaries.setdefault(summary.save_id, summary)
 
     def read(self, remotes: Sequence[RemoteTier], *, tolerate_unreachable: bool) -> set[str]:
         """List these remotes at once, then fetch the summaries that no local file gives; returns what they have pinned.
@@ -85,9 +89,7 @@ class Union:
         for name, error in said.items():
             if isinstance(error, TransientError):
                 self._leave_out(name, error, tolerate_unreachable)
-            elif isinstance(error, NotFoundError):
-                del self.remote[save_id][name]
-            else:
+            elif not isinstance(error, NotFoundError):
                 reasons.append(f"{name}: {error}")
         if reasons:
             self.reasons[save_id] = "; ".join(reasons)
@@ -146,6 +148,8 @@ class Union:
         if tier != LOCAL:
             return "complete" if tier in self.remote.get(save_id, {}) else "absent"
         save = self.local.get(save_id)
+        if save_id in self.elsewhere and (save is None or not _usable(save)):
+            return "complete"  # of a local tier that is spread over nodes
         if save is None:
             return "absent"
         if save.state == "prepared":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -31,6 +31,7 @@ class SaveHandle:
         self._info = info
         self._lock = threading.RLock()  # done-callbacks of users run while it is held
         self._tiers: dict[str, TierState] = {}
+        self._hooks: dict[str, list[Callable[[CheckpointInfo], None]]] = {}
         self._futures: dict[str, Future[CheckpointInfo]] = {"staged": Future(), "local": Future(), "remote": Future()}
         self.remotes: Mapping[str, Future[CheckpointInfo]] = {name: Future() for name in remotes}
         self._quorum = len(self.remotes) if quorum is None else min(quorum, len(self.remotes))
@@ -109,6 +110,18 @@ class SaveHandle:
                 save_id=self.save_id,
             ) from None
 
+    def before(self, level: str, action: Callable[[CheckpointInfo], None]) -> None:
+        """Call ``action`` right before ``level``, or the remote of that name, resolves; at once if it has.
+
+        It runs in the thread that brings the word, which waits for it. An exception in it is logged, nothing more.
+        """
+        with self._lock:
+            future = self._futures.get(level) or self.remotes[level]
+            if not future.done():
+                self._hooks.setdefault(level, []).append(action)
+            elif future.exception() is None:
+                _call(action, future.result())
+
     # Called by the store as word arrives; each is idempotent.
 
     def reach(self, level: Level, tier: str | None = None, **facts: object) -> None:
@@ -119,14 +132,14 @@ class SaveHandle:
             if level == "local":
                 self._tiers["local"] = "complete"
                 # A commit implies that every part was sealed, whether or not that word arrived first.
-                self._resolve(self._futures["staged"])
+                self._resolve("staged")
             elif level == "remote" and tier is not None:
                 self._tiers[tier] = "complete"
                 if tier in self.remotes:
-                    self._resolve(self.remotes[tier])
+                    self._resolve(tier)
                 if sum(t != "local" for t in self._tiers) < self._quorum:
                     return
-            self._resolve(self._futures[level])
+            self._resolve(level)
 
     def fail(self, error: CkptError, level: Level = "staged", tier: str | None = None) -> bool:
         """Fail ``level`` and everything above it; returns whether that was news."""
@@ -158,6 +171,14 @@ class SaveHandle:
             log.error("%s", failure)
         return news
 
+    def abandon(self, reason: str) -> None:
+        """This save will not reach its remotes any more, by policy: not an error, but whoever waits is told."""
+        failure = SaveFailedError(f"step {self.step} was not uploaded: {reason}", step=self.step, save_id=self.save_id)
+        with self._lock:
+            for future in (*self.remotes.values(), self._futures["remote"]):
+                if not future.done():
+                    future.set_exception(failure)
+
     def failure(self) -> SaveFailedError | None:
         """The error of the lowest level that failed, if any did."""
         for future in self._futures.values():
@@ -165,6 +186,17 @@ class SaveHandle:
                 return error if isinstance(error, SaveFailedError) else None
         return None
 
-    def _resolve(self, future: Future[CheckpointInfo]) -> None:
+    def _resolve(self, name: str) -> None:
+        future = self._futures.get(name) or self.remotes[name]
         if not future.done():
-            future.set_result(replace(self._info, tiers=dict(self._tiers)))
+            info = replace(self._info, tiers=dict(self._tiers))
+            for action in self._hooks.pop(name, ()):
+                _call(action, info)
+            future.set_result(info)
+
+
+def _call(action: Callable[[CheckpointInfo], None], info: CheckpointInfo) -> None:
+    try:
+        action(info)
+    except Exception:
+        log.exception("what was to happen before step %d resolves has failed", info.step)

@@ -250,6 +250,7 @@ class Session:
         call = _Call(step, f"{self.job}-{self._counter}", epoch)
         error: CkptError | None = None
         try:
+            self._raise_earlier_failure()
             self.reconnect()
             call.summary = self._summary(call, metrics, tags, emergency)
             if self._plan is not None:
@@ -271,6 +272,15 @@ class Session:
             return self._copy_and_seal(call, prepared)
         finally:
             self._release(call)
+
+    def _raise_earlier_failure(self) -> None:
+        """With ``on_failure="raise"``: an earlier save's failure, once."""
+        if self.config.on_failure != "raise":
+            return
+        for save_id, handle in list(self.handles.items()):
+            if (failure := handle.failure()) is not None:
+                del self.handles[save_id]
+                raise failure
 
     def _reserve(self, call: _Call, plan: Plan) -> None:
         """Local. Take a free arena generation; bounded by the back-pressure policy."""

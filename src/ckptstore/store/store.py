@@ -277,7 +277,8 @@ class CheckpointStore:
         from ckptstore.dcp.reading import read_state
 
         _, reader, _ = choose(self._open_tiers(), step)
-        return read_state(reader, only=only)
+        with reader:
+            return read_state(reader, only=only)
 
     # -- looking --------------------------------------------------------------------------------------------------
 
@@ -330,6 +331,48 @@ class CheckpointStore:
         if record.pinned:
             raise ConfigError(f"step {record.summary.step} is pinned", hint="unpin it first")
         self._each_tier(record.summary.save_id, "delete")
+
+    # -- for what is built on top, such as the manager --------------------------------------------------------------
+
+    @property
+    def agreement(self) -> Agreement:
+        """How this store's ranks talk; made at the first use, after ``torch.distributed`` is initialised. Local."""
+        with self._lock:
+            self._check_open()
+            return self._open_agreement()
+
+    @property
+    def is_node_leader(self) -> bool:
+        """Whether this rank answers for its node's local tier; known once something was saved."""
+        session = self._session
+        return session is not None and session.rank == session.topology.local_ranks[0]
+
+    def catalog(self) -> Catalog:
+        """Every save of the run in all tiers, damaged and superseded ones included. Local.
+
+        Raises:
+            StorageError: a tier can't be listed.
+        """
+        return self._open_tiers().catalog()
+
+    def settle(self) -> None:
+        """Let what earlier trainers staged reach the disk, and complete what is durable in parts. Collective."""
+        with self._lock:
+            self._check_open()
+            agreement = self._open_agreement()
+            self._settle(agreement)
+            roll_forward(self._open_tiers(), agreement)
+
+    def start_over(self) -> None:
+        """The next save starts a timeline that continues from nothing; what the run has stays until it has its own N."""
+        self._timeline.fresh()
+
+    def forget(self, save_id: str, reason: str) -> None:
+        """Wait no more for the upload of a save that was removed from the local tier. Local."""
+        session = self._session
+        handle = session.handles.pop(save_id, None) if session is not None else None
+        if handle is not None:
+            handle.abandon(reason)
 
     # -- inner ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Node, until
+from agent_node import Node, until
 from fake_trainer import check_part, complete_saves, pieces_of, spec
 
 from ckptstore.config import StoreConfig

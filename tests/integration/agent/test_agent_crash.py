@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import Node, until
+from agent_node import Node, until
 from fake_trainer import ForkServer, check_part, complete_saves
 
 from ckptstore.blob import open_blob_store
@@ -23,7 +23,7 @@ from ckptstore.repo.remote import RemoteTier
 
 pytestmark = pytest.mark.crash
 
-KILLS = int(os.environ.get("CKPTSTORE_TEST_KILLS", "60"))
+KILLS = int(os.environ.get("CKPTSTORE_TEST_KILLS", "40"))
 """Random moments tried by each loop here; a nightly run may ask for more."""
 
 
@@ -64,6 +64,7 @@ def test_a_save_is_never_committed_when_its_trainer_is_killed_in_mid_copy(node: 
     os.kill(pid, signal.SIGKILL)
     failed = watcher.wait("failed", save_id)
     assert (failed.data["level"], failed.data["error"], failed.data["rank"]) == ("staged", "SaveFailedError", 1)
+    assert "rank 1 was lost" in failed.data["message"]  # noticed, not waited for
     assert complete_saves(node.root) == {}
     forks.wait(forks.start(root=str(node.root), slot=1, ranks=2, nonce="0123456789ac", saves=1), "attached")
     watcher.nonce = "0123456789ac"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Node, until
+from agent_node import Node, until
 from fake_trainer import complete_saves
 
 from ckptstore.blob import open_blob_store

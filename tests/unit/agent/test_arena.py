@@ -149,7 +149,7 @@ def test_one_generation_is_made_when_two_do_not_fit(slot: Slot, monkeypatch: pyt
 
 def test_too_little_memory_is_refused_naming_the_bytes(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena, "_room", lambda: 1000)
-    with pytest.raises(NoSpaceError, match="staging needs 4198400 bytes of memory, 1000 are available"):
+    with pytest.raises(NoSpaceError, match="staging needs 4202496 bytes of memory, 1000 are available"):
         slot.configure(OWNER, [spec("a", 1 << 20)], 2, 1)
     assert slot.reserve(OWNER, 0.01) is None
     monkeypatch.undo()

@@ -30,9 +30,8 @@ from ckptstore.format.stock import PieceSpec
 
 Pair = tuple[Channel, Channel]
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
-)  # fmt: skip
+leaves = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text()
+json_values = st.recursive(leaves, lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=10)
 shapes = st.lists(st.integers(0, 1000), max_size=4).map(tuple)
 specs = st.builds(PieceSpec, st.text(), st.sampled_from(["float32", "int8"]), shapes, shapes, shapes, st.booleans())
 
@@ -46,7 +45,7 @@ def pair() -> Iterator[Pair]:
         channel.close()
 
 
-@given(st.dictionaries(st.text(), json_values))
+@given(st.dictionaries(st.text(), json_values, max_size=4))
 def test_a_message_arrives_as_it_was_sent(message: dict[str, object]) -> None:
     left, right = socket.socketpair()
     with left, right:

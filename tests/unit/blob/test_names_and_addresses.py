@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -62,7 +63,7 @@ def test_parts_cover_the_body_within_the_servers_limits_when_sizes_are_any(size:
     assert len(parts) <= MAX_PARTS
     assert parts[0].start == 0
     assert parts[-1].stop == size
-    assert all(before.stop == after.start for before, after in zip(parts, parts[1:], strict=False))
+    assert all(before.stop == after.start for before, after in pairwise(parts))
     sizes = {piece.stop - piece.start for piece in parts[:-1]}
     assert len(sizes) <= 1
     assert all(part <= piece <= MAX_PART_BYTES for piece in sizes)

@@ -236,6 +236,22 @@ def test_save_is_described_by_the_second_remote_when_the_first_is_damaged(
     assert list(catalog.damaged) == []
 
 
+def test_save_is_left_out_when_it_is_deleted_between_listing_and_reading(tier: LocalTier) -> None:
+    class Vanishing(MemoryBlobStore):
+        def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+            found = list(super().list(prefix))
+            self.delete([info.key for info in found])
+            return iter(found)
+
+    blob = Vanishing(uuid.uuid4().hex)
+    place = RemoteSave.of(put(blob, tier, 5, save_id(1)).summary)
+    blob.delete([f"runs/{RUN}/summaries/{place.name}"])
+    write_save(tier, RUN, 4, save_id(0))
+    catalog = Catalog.read(tier, [RemoteTier(blob, RUN, "s3")], RUN)
+    assert steps(catalog) == [4]
+    assert list(catalog.damaged) == []
+
+
 # ---------------------------------------------------------------------- errors
 
 
@@ -282,6 +298,13 @@ def test_catalogue_raises_when_the_local_tier_can_not_be_read(tier: LocalTier, r
     (tier.root / RUN).write_text("not a folder")
     with pytest.raises(FormatError):
         Catalog.read(tier, [remote], RUN, tolerate_unreachable=True)
+
+
+def test_catalogue_is_refused_when_the_store_is_of_a_newer_format(tier: LocalTier) -> None:
+    write_save(tier, RUN, 5, save_id(1))
+    (tier.root / "ckptstore.json").write_text('{"format":"ckptstore","version":2}')
+    with pytest.raises(FormatError, match="upgrade"):
+        Catalog.read(tier, [], RUN)
 
 
 def test_saves_are_still_shown_when_the_store_lost_its_marker(tier: LocalTier) -> None:
@@ -428,7 +451,7 @@ def test_best_is_the_newest_of_the_best_numbers(catalog: Catalog) -> None:
 
 
 def test_infinities_are_ordered_as_numbers_when_they_are_metrics(tier: LocalTier) -> None:
-    for counter, value in enumerate((1.0, "inf", "-inf", "nan")):
+    for counter, value in enumerate(("nan", "inf", "-inf", 1.0, "nan")):
         write_save(tier, RUN, counter, save_id(counter), metrics={"m": value})
     catalog = Catalog.read(tier, [], RUN)
     assert catalog.resolve("best", "m", "max").step == 1

@@ -235,6 +235,16 @@ def test_part_is_completed_later_when_completing_it_failed(
     assert tier.root_manifest(RUN, tier.saves(RUN)[0]) == root
 
 
+def test_temporary_files_are_removed_when_a_final_name_is_blocked(tier: LocalTier) -> None:
+    path = write_save(tier, RUN, 5, SAVE, world_size=2, defer_complete=True)
+    root = root_of(tier.shard_manifests_present(path))
+    (path / "summary.json").mkdir()
+    with pytest.raises(StorageError, match="EISDIR"):
+        complete(path, root)
+    assert not [file for file in path.iterdir() if file.name.endswith(".tmp")]
+    assert tier.saves(RUN)[0].state == "prepared"
+
+
 def test_part_is_not_completed_when_the_root_names_another_part(tier: LocalTier) -> None:
     summary = summary_of(tier, RUN, 5, SAVE, world_size=2)
     foreign_root = root_of([shard_of(summary, rank, b"other bytes") for rank in range(2)])

@@ -188,7 +188,9 @@ def test_save_is_prepared_when_it_has_no_root_manifest(tier: LocalTier) -> None:
     assert without_head.damaged is None
 
 
-@pytest.mark.parametrize("harm", ["missing", "empty", "flipped", "huge", "symlink", "fifo", "foreign", "directory"])
+@pytest.mark.parametrize(
+    "harm", ["missing", "empty", "flipped", "large", "huge", "symlink", "fifo", "foreign", "directory"]
+)
 def test_summary_comes_from_the_manifest_when_its_own_file_is_unusable(tier: LocalTier, harm: str) -> None:
     path = write_save(tier, RUN, 5, save_id(1), metrics={"loss": 1.5})
     file = path / "summary.json"
@@ -198,8 +200,11 @@ def test_summary_comes_from_the_manifest_when_its_own_file_is_unusable(tier: Loc
         file.touch()
     elif harm == "flipped":
         file.write_bytes(original.replace(b'"step":5', b'"step":7'))
-    elif harm == "huge":
+    elif harm == "large":
         file.write_bytes(original + b" " * (1 << 20))
+    elif harm == "huge":  # sparse: reading it whole would need a terabyte
+        file.touch()
+        os.truncate(file, 1 << 40)
     elif harm == "symlink":
         (path / "elsewhere").write_bytes(original.replace(b"1.5", b"0.5"))
         file.symlink_to(path / "elsewhere")

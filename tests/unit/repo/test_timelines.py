@@ -118,6 +118,14 @@ def test_history_is_kept_when_a_whole_line_and_its_claim_are_gone() -> None:
     assert steps(current_line([*first, *third])) == [100, 200, 300, 320]
 
 
+def test_nothing_above_the_known_step_is_current_when_the_branch_point_is_guessed() -> None:
+    first = [save(step) for step in (100, 200, 300, 400)]
+    second = [save(410, timeline=2, job=2, parent=first[3])]
+    pruned = save(150, timeline=3, job=3, parent=first[0])
+    fourth = [save(160, timeline=4, job=4, parent=pruned)]
+    assert steps(current_line([*first, *second, *fourth])) == [100, 160]
+
+
 def test_walk_ends_when_parents_are_nonsense() -> None:
     loop = save(10, timeline=2, job=2, parent=save(5, timeline=2, job=2))
     future = save(20, timeline=1, job=1, parent=save(5, timeline=9, job=9))

@@ -168,9 +168,15 @@ class S3Connection:
         profile = self._address.params.get("profile") or given.get("AWS_PROFILE")
         keys: dict[str, str | None] = {}
         if given.get("AWS_ACCESS_KEY_ID") and not self._address.params.get("profile"):
+            if not given.get("AWS_SECRET_ACCESS_KEY"):
+                raise CredentialsError(
+                    f"there is an access key for bucket {self.bucket}, but no secret",
+                    hint="set AWS_SECRET_ACCESS_KEY as well",
+                    bucket=self.bucket,
+                )
             keys = {
                 "aws_access_key_id": given["AWS_ACCESS_KEY_ID"],
-                "aws_secret_access_key": given.get("AWS_SECRET_ACCESS_KEY"),
+                "aws_secret_access_key": given["AWS_SECRET_ACCESS_KEY"],
                 "aws_session_token": given.get("AWS_SESSION_TOKEN") or None,
             }
             profile = None

@@ -242,11 +242,12 @@ class S3BlobStore(BlobStore):
                 )
                 return str(_genuine(answer, self.url, "UploadId")["UploadId"])
 
-        def send(part: Part) -> str:
+        def send(part: Part) -> dict[str, Any]:
             payload = bytes(body[part.start : part.stop])
 
-            def request() -> str:
+            def request() -> dict[str, Any]:
                 with self._request(what, key) as client:
+                    guard = self._connection.guard(client, payload)
                     answer = client.upload_part(
                         Bucket=self._bucket,
                         Key=name,
@@ -254,16 +255,17 @@ class S3BlobStore(BlobStore):
                         PartNumber=part.number,
                         Body=payload,
                         **self._pays,
-                        **self._connection.guard(client, payload),
+                        **guard,
                     )
-                    return str(_genuine(answer, self.url)["ETag"])
+                    crc = {name: value for name, value in guard.items() if name == "ChecksumCRC32"}
+                    return {"PartNumber": part.number, "ETag": _genuine(answer, self.url)["ETag"], **crc}
 
             return self._attempts("put", request)
 
         upload = self._attempts("put", begin)
         try:
-            etags = send_parts(parts_of(len(body), self._part_bytes), send, self._part_pool())
-            self._complete(key, name, upload, etags, len(body), condition)
+            sent = send_parts(parts_of(len(body), self._part_bytes), send, self._part_pool())
+            self._complete(key, name, upload, sent, len(body), condition)
         except BaseException as error:
             with contextlib.suppress(CkptError):  # the failure itself matters more; gc finds what stays behind
                 self._abort(name, upload)
@@ -274,7 +276,7 @@ class S3BlobStore(BlobStore):
             raise
 
     def _complete(
-        self, key: str, name: str, upload: str, etags: Sequence[str], size_bytes: int, condition: Mapping[str, Any]
+        self, key: str, name: str, upload: str, parts: Sequence[Any], size_bytes: int, condition: Mapping[str, Any]
     ) -> None:
         """Join the parts. If an answer was lost, the object itself says whether it was ours that was joined."""
         is_uncertain = False
@@ -287,13 +289,13 @@ class S3BlobStore(BlobStore):
                         Bucket=self._bucket,
                         Key=name,
                         UploadId=upload,
-                        MultipartUpload={"Parts": [{"ETag": tag, "PartNumber": n + 1} for n, tag in enumerate(etags)]},
+                        MultipartUpload={"Parts": parts},
                         **self._pays,
                         **condition,
                     )
                     _genuine(answer, self.url)
             except StorageError as error:
-                if is_uncertain and self._is_joined(name, etags, size_bytes):
+                if is_uncertain and self._is_joined(name, [part["ETag"] for part in parts], size_bytes):
                     return
                 is_uncertain = is_uncertain or isinstance(error, TransientError)
                 raise

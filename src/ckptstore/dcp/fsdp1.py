@@ -1,0 +1,79 @@
+"""``FullyShardedDataParallel``: parameters live in flat ones, so only FSDP itself can say what the state is.
+
+The slow path of a deprecated wrapper. It unshards while saving, and loading an optimizer reads its whole state on every
+rank before FSDP cuts it. FSDP2 (``fully_shard``) needs none of this.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    ShardedOptimStateDictConfig,
+    ShardedStateDictConfig,
+    StateDictType,
+)
+from torch.optim import Optimizer
+
+
+def is_sharded_by_fsdp1(module: nn.Module) -> bool:
+    """Whether any part of ``module`` is wrapped by FullyShardedDataParallel."""
+    return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
+
+
+def module_of(optimizer: Optimizer, candidates: Iterable[nn.Module]) -> nn.Module | None:
+    """The FSDP1 module whose parameters this optimizer steps, if there is one."""
+    mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for module in candidates:
+        if is_sharded_by_fsdp1(module) and any(id(parameter) in mine for parameter in module.parameters()):
+            return module
+    return None
+
+
+def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """State by parameter name, sharded as the parameters are. Collective; makes no state where there is none."""
+    with _state_dict_type(module, full=False):
+        return dict(FullyShardedDataParallel.optim_state_dict(module, optimizer))
+
+
+def load_optimizer_state(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Take back a state of whole CPU tensors by parameter name. Collective."""
+    with _state_dict_type(module, full=True):
+        optimizer.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(module, optimizer, state))
+
+
+def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]] | None:
+    """(memory, global shape, offsets) of a ShardedTensor with at most one shard here; None for anything else."""
+    if not isinstance(tensor, ShardedTensor):
+        return None
+    metadata: Any = tensor.metadata()
+    shape = tuple(metadata.size)
+    shards = tensor.local_shards()
+    if not shards:
+        return torch.empty(0, dtype=metadata.tensor_properties.dtype), shape, (0,) * len(shape)
+    if len(shards) > 1:
+        return None
+    return shards[0].tensor, shape, tuple(shards[0].metadata.shard_offsets)
+
+
+@contextmanager
+def _state_dict_type(module: nn.Module, *, full: bool) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if full:
+            kind = StateDictType.FULL_STATE_DICT
+            configs: tuple[Any, Any] = FullStateDictConfig(), FullOptimStateDictConfig(rank0_only=False)
+        else:
+            kind = StateDictType.SHARDED_STATE_DICT
+            configs = ShardedStateDictConfig(), ShardedOptimStateDictConfig()
+        with FullyShardedDataParallel.state_dict_type(module, kind, *configs):
+            yield
