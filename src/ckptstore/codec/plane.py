@@ -173,7 +173,7 @@ def _widen(payload: Buffer, count: int, slot: str) -> Bytes:
 
 
 def _spread_steps(bits: int) -> list[tuple[int, np.unsignedinteger[Any]]]:
-    """(shift, mask) of the steps that move the fields of a packed byte to the bytes of a word, half of them at a time."""
+    """(shift, mask) of the steps that move the fields of a packed byte to the bytes of a word, half of them a step."""
     share = 8 // bits
     steps, half = [], share // 2
     while half:

@@ -57,7 +57,16 @@ class Details:
 def show_checkpoint(tiers: RunTiers, step: StepLike, *, only: str | None = None) -> Details:
     """Everything the manifests say of one checkpoint; ``only`` is a pattern of tensor names."""
     record: Record = tiers.catalog().resolve(step)
-    reader = CheckpointReader(record, tiers.local, tiers.remotes)
+    with CheckpointReader(record, tiers.local, tiers.remotes) as reader:
+        rows = _tensors(reader)
+    if only:
+        rows = [row for row in rows if fnmatch.fnmatchcase(row.name, only)]
+    summary = record.summary
+    info = replace(record.info(), stored_bytes=stored_bytes(tiers.remotes, record))
+    return Details(info, tuple(sorted(rows, key=lambda r: r.name)), dict(summary.versions), summary.num_nodes)
+
+
+def _tensors(reader: CheckpointReader) -> list[TensorRow]:
     rows = []
     for name, meta in reader.tensors.items():
         pieces = reader.pieces(name)
@@ -68,8 +77,4 @@ def show_checkpoint(tiers: RunTiers, step: StepLike, *, only: str | None = None)
     for name, target in reader.aliases.items():
         row = by_name[target]
         rows.append(TensorRow(name, row.dtype, row.shape, 0, row.ranks, target))
-    if only:
-        rows = [row for row in rows if fnmatch.fnmatchcase(row.name, only)]
-    summary = record.summary
-    info = replace(record.info(), stored_bytes=stored_bytes(tiers.remotes, record))
-    return Details(info, tuple(sorted(rows, key=lambda r: r.name)), dict(summary.versions), summary.num_nodes)
+    return rows

@@ -19,6 +19,7 @@ from ckptstore.errors import (
     NoStoreError,
     SaveFailedError,
     SaveTimeoutError,
+    StorageError,
     TransientError,
 )
 from ckptstore.format.manifest import Parent, check_run_name
@@ -87,7 +88,7 @@ class CheckpointStore:
         self._agreement: Agreement | None = None
         self._tiers: Tiers | None = None
         self._closed = False
-        self._timeline = TimelineKeeper(lambda: self._open_tiers().catalog())
+        self._timeline = TimelineKeeper(self._catalog_for_saving)
 
     def __repr__(self) -> str:
         return (
@@ -424,6 +425,17 @@ class CheckpointStore:
                 committed=self._committed,
             )
         return self._session
+
+    def _catalog_for_saving(self) -> Catalog:
+        """What a new timeline is to continue from. A bucket that refuses never keeps a save from the local disk."""
+        from ckptstore.repo.catalog import Catalog
+
+        tiers = self._open_tiers()
+        try:
+            return tiers.catalog()
+        except StorageError as error:
+            log.warning("a remote can't be listed, the save goes by the local tier alone: %s", error)
+            return Catalog.read(tiers.local, (), self.run)
 
     def _committed(self) -> dict[str, set[str]]:
         """Remote's name -> the saves it holds, as far as it can be asked now."""

@@ -1,0 +1,423 @@
+"""Filling: stored chunks into the memory of slots, whatever boxes were stored and whatever boxes are wanted.
+
+A chunk is a run of elements of a stored box. Where such a run is a run of the target's memory too, it is read straight
+into it; otherwise into a buffer and from there, box by box, into place. Chunks are read in file order, in batches of
+neighbours, several batches at once. With peers, chunks that another rank reads for this one arrive in windows. So
+memory stays at the target plus a few batches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+
+import numpy as np
+import torch
+
+from ckptstore.dcp.agreement import Agreement
+from ckptstore.dcp.boxes import copyable, dtype_of
+from ckptstore.dcp.geometry import Shape, boxes_of_run, is_run, overlap
+from ckptstore.dcp.sharing import ChunkId, Delivery, Readers, deliveries, windows
+from ckptstore.dcp.stored import ChunkSource
+from ckptstore.dcp.target import Slot
+from ckptstore.errors import CkptError, IncompleteCheckpointError, IntegrityError
+from ckptstore.format.manifest import Piece, digest
+
+#: Chunks are read in batches of about this many bytes.
+BATCH_BYTES = 8 << 20
+#: Source of bytes that another rank read for this one.
+PEER = "peer"
+#: Longest time between two signs of life of a rank that is busy loading.
+_BEAT_S = 0.5
+_WINDOW_READERS = 4
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The overlap of one stored piece with one slot."""
+
+    slot: Slot
+    rank: int
+    piece_index: int
+    piece: Piece
+    offsets: Shape
+    shape: Shape
+    dtype: torch.dtype
+    chunk_elements: int
+    chunk_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Parcels:
+    """What this rank gives in one window: ``give`` is by taker, ``views`` shows each chunk in it once."""
+
+    give: torch.Tensor
+    given: list[int]
+    views: dict[ChunkId, memoryview]
+    reads: list[Future[set[ChunkId]]]
+
+
+class Filler:
+    """Fills slots; remembers which targets were written to and where the bytes came from. Not reusable.
+
+    Args:
+        source: the checkpoint.
+        slots: what to fill.
+        agreement: with ``readers``: the ranks that fill their slots at the same time; :meth:`run` is Collective then.
+        readers: which rank can read what.
+    """
+
+    def __init__(
+        self,
+        source: ChunkSource,
+        slots: list[Slot],
+        *,
+        agreement: Agreement | None = None,
+        readers: Readers | None = None,
+    ) -> None:
+        self._source = source
+        self._slots = _last_of_each_memory(slots)
+        self._agreement = agreement if agreement is not None and agreement.world_size > 1 else None
+        self._readers = readers
+        self._lock = threading.Lock()
+        self._parts: dict[ChunkId, list[_Part]] = {}
+        self.touched: set[str] = set()
+        self.bytes_by_source: Counter[str] = Counter()
+
+    def plan(self) -> None:
+        """Find out which chunks are needed; no byte moves.
+
+        Raises:
+            IncompleteCheckpointError: the stored pieces don't cover a slot.
+        """
+        for slot in self._slots:
+            wanted = 0
+            for part in self._parts_of(slot):
+                wanted += prod(part.shape)
+                for number in _chunks_touched(part):
+                    self._parts.setdefault((part.rank, part.piece_index, number), []).append(part)
+            if wanted != prod(slot.box.shape):
+                raise IncompleteCheckpointError(
+                    f"the stored pieces of {slot.name!r} hold {wanted} of the {prod(slot.box.shape)} elements "
+                    f"wanted for {slot.key!r}",
+                    key=slot.name,
+                )
+
+    def run(self, threads: int) -> None:
+        """Read everything that was planned; blocks until all ranks are done, or one has failed.
+
+        Raises:
+            CkptError: this rank could not get its bytes.
+            SaveFailedError: a peer was lost.
+        """
+        found = self._shared()
+        mine = {d.chunk: d for d in found if self._agreement is not None and self._agreement.rank in d.takers}
+        batches = list(self._batched(chunk for chunk in sorted(self._parts) if chunk not in mine))
+        if self._agreement is None and len(batches) <= 1:
+            for batch in batches:
+                self._read_batch(batch)
+            return
+        pool = ThreadPoolExecutor(max(1, min(threads, len(batches))), thread_name_prefix="ckptstore-load")
+        try:
+            futures = [pool.submit(self._read_batch, batch) for batch in batches]
+            if self._agreement is not None:
+                left = self._share(self._agreement, found, futures)
+                futures += [pool.submit(self._read_at_last, mine[chunk]) for chunk in sorted(left)]
+                self._attend(self._agreement, futures, futures)
+            for future in futures:
+                if self._agreement is None or future.done():
+                    future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    # -- for itself ---------------------------------------------------------------------------------------------------
+
+    def _parts_of(self, slot: Slot) -> Iterator[_Part]:
+        dtype = dtype_of(self._source.tensors[slot.name].dtype)
+        if slot.box.local.numel() == 0:
+            return
+        for rank, index, piece in self._source.pieces(slot.name):
+            common = overlap(piece.offsets, piece.shape, slot.box.offsets, slot.box.shape)
+            if common is None:
+                continue
+            sizes = tuple(chunk.size_bytes for chunk in self._source.chunks(rank, index))
+            yield _Part(slot, rank, index, piece, *common, dtype, sizes[0] // dtype.itemsize, sizes)
+
+    def _size_of(self, chunk: ChunkId) -> int:
+        return self._source.chunks(chunk[0], chunk[1])[chunk[2]].size_bytes
+
+    def _batched(self, chunks: Iterable[ChunkId]) -> Iterator[list[ChunkId]]:
+        batch: list[ChunkId] = []
+        size = 0
+        for chunk in chunks:
+            more = self._parts[chunk][0].chunk_bytes[chunk[2]] + 4096
+            if batch and (size + more > BATCH_BYTES or chunk[0] != batch[0][0]):
+                yield batch
+                batch, size = [], 0
+            batch.append(chunk)
+            size += more
+        if batch:
+            yield batch
+
+    def _read_batch(self, batch: Sequence[ChunkId]) -> None:
+        wanted: list[tuple[int, int, int, memoryview]] = []
+        indirect: list[tuple[ChunkId, memoryview]] = []
+        for chunk in batch:
+            parts = self._parts[chunk]
+            out = _target(parts[0], chunk[2]) if len(parts) == 1 else None
+            if out is None:
+                out = memoryview(np.empty(parts[0].chunk_bytes[chunk[2]], np.uint8))
+                indirect.append((chunk, out))
+            wanted.append((*chunk, out))
+            self._touch(parts)
+        for one, where in zip(wanted, self._source.read_batch(wanted), strict=True):
+            self._count(where, one[3].nbytes)
+        for chunk, out in indirect:
+            self._place(chunk, out)
+
+    def _place(self, chunk: ChunkId, data: memoryview) -> None:
+        """Copy a verified chunk to where it belongs."""
+        with torch.no_grad():
+            for part in self._parts[chunk]:
+                target = _target(part, chunk[2])
+                if target is not None:
+                    np.frombuffer(target, np.uint8)[:] = np.frombuffer(data, np.uint8)
+                else:
+                    _scatter(part, chunk[2] * part.chunk_elements, _as_tensor(data, part.dtype))
+
+    def _touch(self, parts: list[_Part]) -> None:
+        with self._lock:
+            self.touched.update(part.slot.key for part in parts)
+
+    def _count(self, where: str, size: int) -> None:
+        with self._lock:
+            self.bytes_by_source[where] += size
+
+    # -- with others --------------------------------------------------------------------------------------------------
+
+    def _shared(self) -> list[Delivery]:
+        """Collective, with others: the chunks that travel."""
+        if self._agreement is None or self._readers is None:
+            return []
+        holders, rank = self._readers.holders, self._agreement.rank
+        own = [chunk for chunk in sorted(self._parts) if rank not in holders.get(chunk[0], ())]
+        packed = np.array(own, dtype=np.int32).tobytes()
+        everybody = self._agreement.gather(packed, what="telling which chunks are wanted")
+        wants = [np.frombuffer(data, dtype=np.int32).reshape(-1, 3).tolist() for data in everybody]
+        return deliveries([[(a, b, c) for a, b, c in chunks] for chunks in wants], self._readers, self._size_of)
+
+    def _share(
+        self, agreement: Agreement, found: list[Delivery], own: Sequence[Future[None]]
+    ) -> set[ChunkId]:
+        """Collective. Give and take, window by window; returns the chunks that arrived damaged or not at all."""
+        rounds = windows(found)
+        left: set[ChunkId] = set()
+        with ThreadPoolExecutor(_WINDOW_READERS, thread_name_prefix="ckptstore-share") as pool:
+            ahead = deque((window, self._pack(window, pool)) for window in islice(rounds, 2))
+            while ahead:
+                window, parcels = ahead.popleft()
+                if not self._attend(agreement, parcels.reads, own):
+                    break
+                unread = set().union(*(read.result() for read in parcels.reads))
+                self._fan_out(window, parcels)
+                left |= self._trade(agreement, window, parcels, unread)
+                ahead.extend((window, self._pack(window, pool)) for window in islice(rounds, 1))
+        return left
+
+    def _attend(
+        self, agreement: Agreement, until: Sequence[Future[object]], own: Sequence[Future[None]]
+    ) -> bool:
+        """Collective. Wait until every rank's ``until`` are done, giving signs of life; False if a rank has failed."""
+        pause = 0.002
+        while True:
+            busy = not all(future.done() for future in until)
+            failed = any(future.done() and future.exception() is not None for future in own)
+            raised = agreement.agree(same={}, flags={"busy": busy, "failed": failed}).raised
+            if "failed" in raised:
+                return False
+            if not raised:
+                return True
+            wait([future for future in until if not future.done()], timeout=pause)
+            pause = min(2 * pause, _BEAT_S)
+
+    def _pack(self, window: list[Delivery], pool: ThreadPoolExecutor) -> _Parcels:
+        """Start reading what this rank gives in this window."""
+        assert self._agreement is not None
+        rank, world_size = self._agreement.rank, self._agreement.world_size
+        mine = [delivery for delivery in window if delivery.sender == rank]
+        given = [sum(d.size_bytes for d in mine if r in d.takers and r != rank) for r in range(world_size)]
+        give = torch.empty(sum(given), dtype=torch.uint8)
+        data = memoryview(give.numpy())
+        views: dict[ChunkId, memoryview] = {}
+        at = 0
+        for taker in range(world_size):
+            for delivery in mine if taker != rank else ():
+                if taker in delivery.takers:
+                    views.setdefault(delivery.chunk, data[at : at + delivery.size_bytes])
+                    at += delivery.size_bytes
+        for delivery in mine:
+            if delivery.chunk not in views:
+                views[delivery.chunk] = memoryview(np.empty(delivery.size_bytes, np.uint8))
+        reads = [pool.submit(self._read_for_others, batch) for batch in _split(list(views.items()))]
+        return _Parcels(give, given, views, reads)
+
+    def _read_for_others(self, batch: list[tuple[ChunkId, memoryview]]) -> set[ChunkId]:
+        """Read these into their views; returns those that can't be read here."""
+        try:
+            self._source.read_batch([(*chunk, out) for chunk, out in batch])
+        except CkptError:
+            if len(batch) == 1:
+                return {batch[0][0]}  # the takers notice, and look for it themselves
+            return set().union(*(self._read_for_others([one]) for one in batch))
+        return set()
+
+    def _fan_out(self, window: list[Delivery], parcels: _Parcels) -> None:
+        """Copy each chunk from the first taker's stretch of ``give`` to those of the others."""
+        assert self._agreement is not None
+        data = memoryview(parcels.give.numpy())
+        at = 0
+        for taker in range(self._agreement.world_size):
+            for delivery in window if taker != self._agreement.rank else ():
+                if delivery.sender == self._agreement.rank and taker in delivery.takers:
+                    place = data[at : at + delivery.size_bytes]
+                    at += delivery.size_bytes
+                    first = parcels.views[delivery.chunk]
+                    if np.frombuffer(first, np.uint8).ctypes.data != np.frombuffer(place, np.uint8).ctypes.data:
+                        place[:] = first
+
+    def _trade(
+        self, agreement: Agreement, window: list[Delivery], parcels: _Parcels, unread: set[ChunkId]
+    ) -> set[ChunkId]:
+        """Collective. One window changes hands; returns the chunks for this rank that are not what they should be."""
+        rank = agreement.rank
+        coming = [d for d in window if rank in d.takers and d.sender != rank]
+        taken = [sum(d.size_bytes for d in coming if d.sender == sender) for sender in range(agreement.world_size)]
+        take = torch.empty(sum(taken), dtype=torch.uint8)
+        agreement.trade(parcels.give, parcels.given, take, taken)
+        data = memoryview(take.numpy())
+        left = set()
+        at = 0
+        for delivery in sorted(coming, key=lambda d: d.sender):
+            chunk = delivery.chunk
+            view = data[at : at + delivery.size_bytes]
+            at += delivery.size_bytes
+            if digest(view) == self._source.chunks(chunk[0], chunk[1])[chunk[2]].digest:
+                self._take(chunk, view)
+            else:
+                left.add(chunk)
+        for delivery in window:
+            if delivery.sender == rank and rank in delivery.takers:
+                if delivery.chunk in unread:
+                    left.add(delivery.chunk)
+                else:
+                    self._take(delivery.chunk, parcels.views[delivery.chunk])
+        return left
+
+    def _take(self, chunk: ChunkId, data: memoryview) -> None:
+        self._touch(self._parts[chunk])
+        self._place(chunk, data)
+        self._count(PEER, data.nbytes)
+
+    def _read_at_last(self, delivery: Delivery) -> None:
+        """A chunk that another rank should have given: read it from wherever this rank can."""
+        try:
+            self._read_batch([delivery.chunk])
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"{error.message}; the copy that rank {delivery.sender} can read is no good either",
+                hint=error.hint,
+                **error.context,
+            ) from error
+
+
+def _split(views: list[tuple[ChunkId, memoryview]]) -> Iterator[list[tuple[ChunkId, memoryview]]]:
+    """As many batches as threads read a window, each of neighbours."""
+    limit = max(1, sum(view.nbytes for _, view in views) // _WINDOW_READERS)
+    batch: list[tuple[ChunkId, memoryview]] = []
+    size = 0
+    for chunk, view in sorted(views, key=lambda item: item[0]):
+        batch.append((chunk, view))
+        size += view.nbytes
+        if size >= limit:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _last_of_each_memory(slots: list[Slot]) -> list[Slot]:
+    """Tied targets are filled once; where different tensors are stored for them the last one wins, as in torch."""
+    by_memory: dict[object, Slot] = {}
+    for slot in slots:
+        local = slot.box.local
+        memory = (local.device, local.data_ptr(), local.shape, local.stride()) if local.numel() else id(local)
+        by_memory.pop(memory, None)
+        by_memory[memory] = slot
+    return list(by_memory.values())
+
+
+def _chunks_touched(part: _Part) -> Iterator[int]:
+    at = tuple(o - p for o, p in zip(part.offsets, part.piece.offsets, strict=True))
+    for number in range(len(part.chunk_bytes)):
+        start = number * part.chunk_elements
+        count = min(part.chunk_elements, prod(part.piece.shape) - start)
+        if any(
+            overlap(offsets, shape, at, part.shape) is not None
+            for offsets, shape in boxes_of_run(part.piece.shape, start, count)
+        ):
+            yield number
+
+
+def _target(part: _Part, number: int) -> memoryview | None:
+    """The target's own memory for a chunk that is a run there, wholly wanted and in no need of conversion."""
+    box = part.slot.box
+    local, dtype = box.local, part.dtype
+    if (
+        local.dtype != dtype
+        or local.device.type != "cpu"
+        or not local.is_contiguous()
+        or local.is_conj()
+        or local.is_neg()
+    ):
+        return None
+    start, size = number * part.chunk_elements, part.chunk_bytes[number]
+    count = size // dtype.itemsize
+    at = tuple(o - p for o, p in zip(part.offsets, part.piece.offsets, strict=True))
+    first = is_run(part.piece.shape, at, part.shape)
+    target_at = tuple(o - b for o, b in zip(part.offsets, box.offsets, strict=True))
+    target_first = is_run(box.shape, target_at, part.shape)
+    if first is None or target_first is None:
+        return None
+    if start < first or start + count > first + prod(part.shape):
+        return None
+    address = local.data_ptr() + (target_first + (start - first)) * dtype.itemsize
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+
+def _as_tensor(data: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8)).view(dtype)
+
+
+def _scatter(part: _Part, start: int, chunk: torch.Tensor) -> None:
+    """Copy what is wanted of a chunk into the target, box by box."""
+    box = part.slot.box
+    at = tuple(o - p for o, p in zip(part.offsets, part.piece.offsets, strict=True))
+    shift = tuple(p - b for p, b in zip(part.piece.offsets, box.offsets, strict=True))
+    position = 0
+    for offsets, shape in boxes_of_run(part.piece.shape, start, chunk.numel()):
+        count = prod(shape)
+        run = chunk[position : position + count].view(shape)
+        position += count
+        common = overlap(offsets, shape, at, part.shape)
+        if common is None:
+            continue
+        where, extent = common
+        source = run[tuple(slice(w - o, w - o + e) for w, o, e in zip(where, offsets, extent, strict=True))]
+        target = box.local[tuple(slice(w + s, w + s + e) for w, s, e in zip(where, shift, extent, strict=True))]
+        copyable(target).copy_(copyable(source))

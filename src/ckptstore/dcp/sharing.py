@@ -1,0 +1,107 @@
+"""Who reads a chunk that a rank can't read itself, or that several ranks of a node want from a remote: pure decisions.
+
+A rank reads what its node's disk holds. What only another node's disk holds is read by a rank there. What only remotes
+hold is read by one of the ranks of a node that want it, so each remote byte comes to a node once. Whoever reads for
+others hands the bytes over the ranks' own process group, in windows of bounded size that all ranks go through in step.
+Every rank computes the same from the same words.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+#: (rank that saved, number of the piece in its shard, number of the chunk in that piece)
+ChunkId = tuple[int, int, int]
+
+#: No rank gives or takes more at once, unless one chunk is larger.
+WINDOW_BYTES = 16 << 20
+#: Neighbours in a shard are read by the same rank in runs of about this size, so that they share requests.
+_RUN_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Readers:
+    """What each rank can read without another; the same on all ranks.
+
+    Attributes:
+        nodes: node of each rank.
+        holders: rank that saved -> ranks whose node has that shard file. None for a rank: only remotes have it.
+    """
+
+    nodes: tuple[int, ...]
+    holders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One chunk, read by ``sender``, for all of ``takers``, which may include itself."""
+
+    chunk: ChunkId
+    size_bytes: int
+    sender: int
+    takers: tuple[int, ...]
+
+
+def deliveries(
+    wants: Sequence[Sequence[ChunkId]], readers: Readers, size_of: Callable[[ChunkId], int]
+) -> list[Delivery]:
+    """Which of the wanted chunks travel, and from whom to whom; each rank reads the others for itself.
+
+    Args:
+        wants: for each rank, the chunks it wants and that its own node's disk lacks.
+        readers: who can read what.
+        size_of: bytes of a chunk.
+    """
+    takers: defaultdict[ChunkId, list[int]] = defaultdict(list)
+    for rank, chunks in enumerate(wants):
+        for chunk in chunks:
+            takers[chunk].append(rank)
+    found: list[Delivery] = []
+    read_bytes: Counter[tuple[int, ...]] = Counter()
+
+    def pick(candidates: tuple[int, ...], size: int) -> int:
+        turn = read_bytes[candidates] // _RUN_BYTES
+        read_bytes[candidates] += size
+        return candidates[turn % len(candidates)]
+
+    for chunk in sorted(takers):
+        size, ranks = size_of(chunk), takers[chunk]
+        holders = readers.holders.get(chunk[0], ())
+        if holders:
+            found.append(Delivery(chunk, size, pick(holders, size), tuple(ranks)))
+            continue
+        by_node: defaultdict[int, list[int]] = defaultdict(list)
+        for rank in ranks:
+            by_node[readers.nodes[rank]].append(rank)
+        for group in by_node.values():
+            if len(group) > 1:
+                found.append(Delivery(chunk, size, pick(tuple(group), size), tuple(group)))
+    return found
+
+
+def windows(found: Sequence[Delivery], max_bytes: int = WINDOW_BYTES) -> Iterator[list[Delivery]]:
+    """The deliveries in rounds in which no rank gives or takes more than ``max_bytes``, and each sender keeps its order."""
+    queues: defaultdict[int, list[Delivery]] = defaultdict(list)
+    for delivery in reversed(found):
+        queues[delivery.sender].append(delivery)
+    while queues:
+        given: Counter[int] = Counter()
+        taken: Counter[int] = Counter()
+        window: list[Delivery] = []
+        for sender in sorted(queues):
+            queue = queues[sender]
+            while queue:
+                size, others = queue[-1].size_bytes, [taker for taker in queue[-1].takers if taker != sender]
+                is_first = not given[sender] and not any(taken[taker] for taker in others)
+                fits = given[sender] + size * len(others) <= max_bytes
+                fits = fits and all(taken[taker] + size <= max_bytes for taker in others)
+                if not (fits or is_first):
+                    break
+                window.append(queue.pop())
+                given[sender] += max(1, size * len(others))
+                taken.update(dict.fromkeys(others, size))
+            if not queue:
+                del queues[sender]
+        yield window

@@ -1,0 +1,50 @@
+"""Stall, lag and durable step as curves, for whoever draws the loss already."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+from ckptstore.store import SaveHandle
+
+
+class SummaryWriter(Protocol):
+    """What is used of a TensorBoard writer."""
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None) -> Any:
+        """Add one point."""
+
+
+class Scalars:
+    """Points are collected as word comes in, and written from the training loop's thread: writers aren't thread-safe."""
+
+    def __init__(self, writer: SummaryWriter | None) -> None:
+        self._writer = writer
+        self._lock = threading.Lock()
+        self._points: list[tuple[str, float, int]] = []
+
+    def watch(self, handle: SaveHandle, stall_s: float, clock: Any) -> None:
+        """Follow a save."""
+        if self._writer is None:
+            return
+        begun = clock()
+        self._add("ckptstore/save_stall_seconds", stall_s, handle.step)
+        for level in ("local", *handle.remotes):
+            handle.before(level, lambda info, level=level: self._reached(level, info.step, clock() - begun))  # type: ignore[misc]
+
+    def flush(self) -> None:
+        """Hand over what has been collected."""
+        if self._writer is None:
+            return
+        with self._lock:
+            points, self._points = self._points, []
+        for tag, value, step in points:
+            self._writer.add_scalar(tag, value, step)
+
+    def _reached(self, tier: str, step: int, seconds: float) -> None:
+        self._add(f"ckptstore/{tier}_lag_seconds", seconds, step)
+        self._add(f"ckptstore/{tier}_step", float(step), step)
+
+    def _add(self, tag: str, value: float, step: int) -> None:
+        with self._lock:
+            self._points.append((tag, value, step))
