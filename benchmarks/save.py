@@ -3,9 +3,9 @@
     python benchmarks/save.py [--mib 1536] [--rounds 5] [--threads 2] [--folder DIR]
 
 One process, genuine AdamW training state (weights, gradients applied, both moments). Every round runs every contender
-once, in a shuffled order, so that drift of the machine hits all alike. Figures are medians; ratios are ours / theirs of the
-same round's medians. ``stall`` is the time the call holds the training thread; ``durable`` the time from the call until the
-bytes are fsynced (for stock DCP: until its own call or future is done, although a power cut still loses that result).
+once, in a shuffled order, so that drift of the machine hits all alike; figures are medians, ratios are of medians.
+``stall`` is the time the call holds the training thread; ``durable`` the time from the call until the bytes are fsynced
+(for stock DCP: until its own call or future is done, although a power cut still loses that result).
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def main() -> None:
     prebuilt = {"model": prebuilt_model, "optimizer": prebuilt_optimizer}
     size = sum(p.numel() * 4 * 3 for p in model.parameters())
     store = CheckpointStore(folder / "ours", run="bench")
+    modules_store = CheckpointStore(folder / "ours-modules", run="bench")
     counter = iter(range(1, 1 << 30))
 
     def torch_save() -> Callable[[], Any]:
@@ -98,14 +99,14 @@ def main() -> None:
         return store.save(prebuilt, next(counter)).local.result
 
     def ours_modules() -> Callable[[], Any]:
-        return store.save({"model": model, "optimizer": optimizer}, next(counter)).local.result
+        return modules_store.save({"model": model, "optimizer": optimizer}, next(counter)).local.result
 
     def memcpy() -> Callable[[], Any]:
         for source, target in zip(sources, targets, strict=True):
             target.copy_(source)
         return lambda: None
 
-    sources = [t for t in model.parameters()] + [t for s in optimizer.state.values() for t in s.values() if t.dim()]
+    sources = list(model.parameters()) + [t for s in optimizer.state.values() for t in s.values() if t.dim()]
     sources = [t.detach() for t in sources]
     targets = [torch.zeros_like(t) for t in sources]
     contenders = {
@@ -123,9 +124,11 @@ def main() -> None:
             samples[name].append(timed(contenders[name]))
             for old in [*folder.glob("dcp-*"), *folder.glob("async-*")]:
                 shutil.rmtree(old)
-            for info in store.checkpoints()[:-1]:
-                store.delete(info.save_id)
+            for each in (store, modules_store):
+                for info in each.checkpoints()[:-1]:
+                    each.delete(info.save_id)
     store.close()
+    modules_store.close()
     shutil.rmtree(folder)
 
     medians = {

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from ckptstore.config import StoreConfig
     from ckptstore.dcp.markers import per_rank, trainable
     from ckptstore.format.tree import register_type
+    from ckptstore.manager import CheckpointManager
     from ckptstore.store import CheckpointStore, SaveHandle
     from ckptstore.types import CheckpointInfo
 
 __all__ = [
     "CheckpointInfo",
+    "CheckpointManager",
     "CheckpointStore",
     "Preempted",
     "SaveHandle",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointInfo": "ckptstore.types",
+    "CheckpointManager": "ckptstore.manager",
     "CheckpointStore": "ckptstore.store",
     "SaveHandle": "ckptstore.store",
     "StoreConfig": "ckptstore.config",

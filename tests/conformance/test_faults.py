@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
 import threading
 import time
@@ -158,11 +160,13 @@ def test_nothing_is_returned_when_every_request_fails(bench: Bench, fault: Fault
         uses += [lambda: bench.store.head("b7/never"), lambda: bench.store.put("b7/never", b"other", if_absent=True)]
     for use in uses:
         bench.retries.clear()
+        bench.proxy.seen.clear()
         with pytest.raises(TransientError) as caught:
             use()
         assert caught.value.context["attempts"] == 5
         assert "5 attempts" in str(caught.value)
         assert len(bench.retries) == 4
+        assert len(bench.proxy.seen) == 5, "somebody else tried again as well"
     assert bench.direct.get("b7/never") == BODY
 
 
@@ -455,3 +459,29 @@ def test_a_server_that_cannot_be_reached_is_transient_when_nothing_listens(schem
             use()
         assert caught.value.context["reason"] == "unreachable"
     store.close()
+
+
+@pytest.mark.filterwarnings("always::ResourceWarning")
+@pytest.mark.parametrize(
+    "fault", [Reply(200), Reply(403, "AccessDenied"), CutReply(70), EditReply(lambda body: b"<html>" * 9000)], ids=str
+)
+def test_no_connection_is_left_open_when_answers_are_bad(
+    bench: Bench, fault: Fault, recwarn: pytest.WarningsRecorder
+) -> None:
+    bench.direct.put("open/k", BODY)
+    bench.proxy.add(Rule(fault))
+    uses: list[Callable[[], object]] = [
+        lambda: bench.bare.put("open/k", BODY),
+        lambda: bench.bare.put("open/large", LARGE),
+        lambda: bench.bare.get("open/k"),
+        lambda: bench.bare.get("open/k", max_bytes=5),
+        lambda: bench.bare.head("open/k"),
+        lambda: list(bench.bare.list()),
+        lambda: bench.bare.delete(["open/k"]),
+    ]
+    for use in uses:
+        with contextlib.suppress(CkptError):
+            use()
+    bench.bare.close()
+    gc.collect()
+    assert [str(warning.message) for warning in recwarn if "unclosed" in str(warning.message)] == []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dcp_jobs import layout_job, load_job, save_job
+from dcp_jobs import layout_job, load_job, save_job, tensor_parallel_job
 from ranks import run_ranks
 
 
@@ -59,3 +59,7 @@ def test_replicas_are_spread_over_the_ranks_when_all_hold_everything(tmp_path: P
 
 def test_any_placement_loads_into_any_other_when_meshes_have_two_dimensions(tmp_path: Path) -> None:
     assert run_ranks(4, layout_job, tmp_path) == [{}, {}, {}, {}]
+
+
+def test_state_is_bit_equal_when_fully_shard_and_tensor_parallelism_cut_the_same_dimension(tmp_path: Path) -> None:
+    assert run_ranks(4, tensor_parallel_job, tmp_path) == [[True] * 8] * 4

@@ -11,6 +11,7 @@ from store_jobs import (
     different_step,
     latest,
     load,
+    load_from,
     load_on_nodes,
     refuse_on_one_rank,
     save,
@@ -18,6 +19,7 @@ from store_jobs import (
 )
 
 from ckptstore import CheckpointStore
+from ckptstore.format.manifest import ShardManifest
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def test_missing_shards_come_from_the_remote_when_the_rest_is_local(tmp_path: Pa
     for digest, epoch, _, by_source in run_ranks(3, load, "fsdp", root, bucket):
         assert (digest, epoch) == (expected, 3)
         sources |= set(by_source)
-    assert sources == {"local", "file"}
+    assert sources == {"local", "file", "peer"}, "what the remote gave to one rank of the node came to the others too"
 
 
 def test_ddp_replicas_are_stored_once(tmp_path: Path) -> None:
@@ -83,8 +85,48 @@ class TestTwoNodes:
         commits = [next((tmp_path / f"node-{n}").rglob("manifest.json")).read_bytes() for n in (0, 1)]
         assert commits[0] == commits[1]
         assert not list((tmp_path / "node-0").rglob("__1_0.distcp"))
-        results = run_ranks(2, load_on_nodes, root, None)
-        del results, expected
+        for rank, (digest, epoch, mine, sources) in enumerate(run_ranks(2, load_on_nodes, root, None)):
+            assert (digest, epoch, mine, set(sources)) == (expected, 3, rank, {"local"})
+
+    @pytest.mark.parametrize(
+        ("kind", "nodes"),
+        [
+            pytest.param("fsdp", [1, 0], id="swapped nodes"),
+            pytest.param("fsdp", [0, 1, 2], id="one node more"),
+            pytest.param("fsdp", [2, 1, 0, 1], id="a new node first, and two ranks on another"),
+            pytest.param("ddp", [1, 0, 2], id="everybody wants everything"),
+        ],
+    )
+    def test_state_is_the_same_when_the_job_starts_on_other_nodes(
+        self, tmp_path: Path, kind: str, nodes: list[int]
+    ) -> None:
+        (expected, *_), _ = run_ranks(2, save_on_nodes, str(tmp_path), None)
+        roots = [str(tmp_path / f"node-{node}") for node in nodes]
+        sources = set()
+        for rank, result in enumerate(run_ranks(len(nodes), load_from, kind, roots, None)):
+            digest, epoch, mine, by_source = result
+            assert (digest, epoch, mine) == (expected, 3, rank % 2)
+            sources |= set(by_source)
+        assert "peer" in sources
+
+    def test_missing_part_is_named_when_its_node_is_not_in_the_job(self, tmp_path: Path) -> None:
+        run_ranks(2, save_on_nodes, str(tmp_path), None)
+        for result in run_ranks(1, load_from, "plain", [str(tmp_path / "node-0")], None):
+            assert type(result).__name__ == "IncompleteCheckpointError", result
+            assert "rank 1" in str(result)
+            assert "node 1" in str(result)
+
+    def test_peers_damaged_copy_is_refused_and_named_when_there_is_no_other(self, tmp_path: Path) -> None:
+        run_ranks(2, save_on_nodes, str(tmp_path), None)
+        file = next((tmp_path / "node-1").rglob("__1_0.distcp"))
+        manifest = ShardManifest.decode((file.parent / "shard-00001.json").read_bytes(), what="shard")
+        piece = next(p for p in manifest.pieces if p.fqn == "model.0.weight")
+        data = bytearray(file.read_bytes())
+        data[piece.start] ^= 1
+        file.write_bytes(data)
+        for result in run_ranks(2, load_from, "fsdp", [str(tmp_path / f"node-{n}") for n in (1, 0)], None):
+            assert type(result).__name__ == "IntegrityError", result
+            assert "model.0.weight" in str(result)
 
     def test_lost_root_is_made_good_from_the_remote(self, tmp_path: Path, bucket: str) -> None:
         import shutil

@@ -16,6 +16,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardedOptimStateDictConfig, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.loader import load_into
@@ -212,6 +213,29 @@ def layout_job(rank: int, folder: Path) -> dict[str, str]:
         if "grad" not in str(error):
             problems["partial"] = str(error)
     return problems
+
+
+def tensor_parallel_job(rank: int, folder: Path) -> list[bool]:
+    """FSDP2 over tensor parallelism: both cut dimension 0 of a weight, interleaved. Out to plain tensors and back."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    agreement = Agreement(deadline_s=20)
+    prepared = Preparer(agreement).prepare({"m": model}, step=1, counter=1)
+    MemoryCheckpoint.leave(folder, *shard_of(prepared, rank=rank, world_size=4))
+    dist.barrier()
+    plain = {"m": {name: torch.zeros_like(tensor) for name, tensor in expected.items()}}
+    load_into(plain, MemoryCheckpoint.open(folder))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().zero_()
+    load_into({"m": model}, MemoryCheckpoint.open(folder), agreement=agreement)
+    return [torch.equal(plain["m"][name], tensor) for name, tensor in expected.items()] + [
+        torch.equal(tensor.full_tensor(), expected[name]) for name, tensor in model.state_dict().items()
+    ]
 
 
 class Under:

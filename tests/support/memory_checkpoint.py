@@ -109,6 +109,9 @@ class MemoryCheckpoint:
     def chunks(self, rank: int, piece_index: int) -> Any:
         return chunks_of(self.shards[rank])[piece_index]
 
+    def read_batch(self, wanted: Any) -> list[str]:
+        return [self.read_chunk(*one) for one in wanted]
+
     def read_chunk(self, rank: int, piece_index: int, chunk_index: int, out: memoryview) -> str:
         chunk = self.chunks(rank, piece_index)[chunk_index]
         data = self.images[rank][chunk.offset : chunk.offset + chunk.size_bytes]

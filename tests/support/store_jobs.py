@@ -85,6 +85,11 @@ def load_on_nodes(rank: int, root: str, remote: str | None) -> Any:
     return load(rank, "fsdp", node_root(root, rank), remote)
 
 
+def load_from(rank: int, kind: str, roots: list[str], remote: str | None) -> Any:
+    """Rank r runs on the node whose local root is ``roots[r]``."""
+    return load(rank, kind, roots[rank], remote)
+
+
 def die(rank: int, moment: str, root: str, remote: str | None) -> Any:
     """Two nodes of one rank each; somebody dies at ``moment`` of the second save, after a first one is complete."""
     folder = node_root(root, rank)

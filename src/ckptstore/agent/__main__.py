@@ -50,6 +50,7 @@ def _serve(args: argparse.Namespace) -> int:
     )
     log = logging.getLogger("ckptstore.agent")
     _be_nice()
+    _be_small()
     lock = None
     try:
         directory = RuntimeDir.of(args.root) if args.runtime is None else RuntimeDir(args.runtime)
@@ -91,6 +92,14 @@ def _be_nice() -> None:
         import psutil
 
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+
+
+def _be_small() -> None:
+    """One malloc arena: what uploads free can go back to the system, and threads share the interpreter lock anyway."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-8, 1)  # Source: malloc.h, M_ARENA_MAX
 
 
 def _report(fd: int | None, message: dict[str, object]) -> None:

@@ -241,8 +241,11 @@ class Uploader:
         """Look once at what is pending, and work on the newest save that is due."""
         with self._condition:
             self._begun = self._news
-            if self._is_reopened:
-                self._remote, self._committed, self._is_reopened = None, None, False
+            is_reopened, self._is_reopened = self._is_reopened, False
+        if is_reopened:
+            if self._remote is not None:
+                self._remote.blob.close()
+            self._remote, self._committed = None, None
         if self._seen < self._begun:
             self._derive_local()
         if self._uploads and self._committed is None:

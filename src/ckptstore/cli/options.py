@@ -58,7 +58,7 @@ def shared_options(function: F) -> Any:
         return function(**kwargs)
 
     for option in reversed(_OPTIONS):
-        wrapper = option(wrapper)  # type: ignore[assignment]  # click decorates in place
+        wrapper = option(wrapper)
     return wrapper
 
 
@@ -71,7 +71,8 @@ def verb(**attributes: Any) -> Callable[[F], click.Command]:
             return function(click.get_current_context().ensure_object(Settings), **kwargs)
 
         options = {"context_settings": {"help_option_names": ["-h", "--help"]}, **attributes}
-        return click.command(**options)(shared_options(call))
+        made: click.Command = click.command(**options)(shared_options(call))
+        return made
 
     return decorate
 

@@ -25,8 +25,8 @@ Bytes = npt.NDArray[np.uint8]
 
 WORD: dict[int, np.dtype[np.unsignedinteger[Any]]] = {w: np.dtype(f"<u{w}") for w in (1, 2, 4, 8)}
 
-#: Numbers treated at once: intermediate arrays of this length stay in the cache.
-BLOCK = 1 << 16
+#: Numbers treated at once: intermediate arrays of this length stay in the outer cache; shorter ones lose more to calls.
+BLOCK = 1 << 18
 
 #: Floating-point dtypes by torch's name -> bytes of one number (of one of the two of a complex number). Those of more
 #: than a byte are sign, exponent, fraction from the high end down. Any other dtype is opaque bytes here.

@@ -135,11 +135,12 @@ def _narrow(octets: Bytes, bits: int, bias: int) -> bytes:
     misfits = cut[where] - np.uint8(escape)
     cut[where] = escape
     wide, spare = cut.view(WORD[share]), SCRATCH.words("spread", groups, share)
-    for shift, mask in reversed(_SPREAD[bits]):
-        # The mask holds before the step: what was shifted in above the fields is cleared by the next, or not copied.
-        np.bitwise_and(wide, mask, out=wide)
-        np.right_shift(wide, shift, out=spare)
+    steps = _SPREAD[bits]
+    for i in reversed(range(len(steps))):
+        np.right_shift(wide, steps[i][0], out=spare)
         np.bitwise_or(wide, spare, out=wide)
+        if i:
+            np.bitwise_and(wide, steps[i - 1][1], out=wide)
     packed = SCRATCH.words("packed", groups, 1)
     np.copyto(packed, wide, casting="unsafe")
     mode, head = _deflate(packed)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from ckptstore.codec.base import BLOCK, Words
+from ckptstore.codec.scratch import SCRATCH
 
 
 def rotate(words: Words, out: Words, spare: Words) -> None:
@@ -69,11 +70,10 @@ def round_to_bfloat16(master: Words, out: Words, spare: Words) -> None:
 
 def equals_rounded(words: Words, master: Words) -> bool:
     """Whether each bf16 number is its master rounded; stops at the first block that isn't."""
-    spare, rounded = np.empty(min(BLOCK, len(words)), "<u4"), np.empty(min(BLOCK, len(words)), "<u2")
     for start in range(0, len(words), BLOCK):
         block = words[start : start + BLOCK]
-        out = rounded[: len(block)]
-        round_to_bfloat16(master[start : start + BLOCK], out, spare[: len(block)])
+        out, spare = SCRATCH.words("rounded", len(block), 2), SCRATCH.words("spare", len(block), 4)
+        round_to_bfloat16(master[start : start + BLOCK], out, spare)
         if not np.array_equal(block, out):
             return False
     return True

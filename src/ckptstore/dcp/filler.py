@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class _Parcels:
     give: torch.Tensor
     given: list[int]
     views: dict[ChunkId, memoryview]
-    reads: list[Future[set[ChunkId]]]
+    reads: list[Future[dict[ChunkId, str]]]
 
 
 class Filler:
@@ -172,7 +173,7 @@ class Filler:
             parts = self._parts[chunk]
             out = _target(parts[0], chunk[2]) if len(parts) == 1 else None
             if out is None:
-                out = memoryview(np.empty(parts[0].chunk_bytes[chunk[2]], np.uint8))
+                out = np.empty(parts[0].chunk_bytes[chunk[2]], np.uint8).data
                 indirect.append((chunk, out))
             wanted.append((*chunk, out))
             self._touch(parts)
@@ -205,16 +206,14 @@ class Filler:
         """Collective, with others: the chunks that travel."""
         if self._agreement is None or self._readers is None:
             return []
-        holders, rank = self._readers.holders, self._agreement.rank
-        own = [chunk for chunk in sorted(self._parts) if rank not in holders.get(chunk[0], ())]
-        packed = np.array(own, dtype=np.int32).tobytes()
+        readers, rank = self._readers, self._agreement.rank
+        absent = [chunk for chunk in sorted(self._parts) if not readers.is_here(rank, chunk[0])]
+        packed = np.array(absent, dtype=np.int32).tobytes()
         everybody = self._agreement.gather(packed, what="telling which chunks are wanted")
         wants = [np.frombuffer(data, dtype=np.int32).reshape(-1, 3).tolist() for data in everybody]
         return deliveries([[(a, b, c) for a, b, c in chunks] for chunks in wants], self._readers, self._size_of)
 
-    def _share(
-        self, agreement: Agreement, found: list[Delivery], own: Sequence[Future[None]]
-    ) -> set[ChunkId]:
+    def _share(self, agreement: Agreement, found: list[Delivery], own: Sequence[Future[None]]) -> set[ChunkId]:
         """Collective. Give and take, window by window; returns the chunks that arrived damaged or not at all."""
         rounds = windows(found)
         left: set[ChunkId] = set()
@@ -224,15 +223,13 @@ class Filler:
                 window, parcels = ahead.popleft()
                 if not self._attend(agreement, parcels.reads, own):
                     break
-                unread = set().union(*(read.result() for read in parcels.reads))
+                sources = {chunk: source for read in parcels.reads for chunk, source in read.result().items()}
                 self._fan_out(window, parcels)
-                left |= self._trade(agreement, window, parcels, unread)
+                left |= self._trade(agreement, window, parcels, sources)
                 ahead.extend((window, self._pack(window, pool)) for window in islice(rounds, 1))
         return left
 
-    def _attend(
-        self, agreement: Agreement, until: Sequence[Future[object]], own: Sequence[Future[None]]
-    ) -> bool:
+    def _attend(self, agreement: Agreement, until: Sequence[Future[Any]], own: Sequence[Future[None]]) -> bool:
         """Collective. Wait until every rank's ``until`` are done, giving signs of life; False if a rank has failed."""
         pause = 0.002
         while True:
@@ -253,7 +250,7 @@ class Filler:
         mine = [delivery for delivery in window if delivery.sender == rank]
         given = [sum(d.size_bytes for d in mine if r in d.takers and r != rank) for r in range(world_size)]
         give = torch.empty(sum(given), dtype=torch.uint8)
-        data = memoryview(give.numpy())
+        data = give.numpy().data
         views: dict[ChunkId, memoryview] = {}
         at = 0
         for taker in range(world_size):
@@ -263,24 +260,24 @@ class Filler:
                     at += delivery.size_bytes
         for delivery in mine:
             if delivery.chunk not in views:
-                views[delivery.chunk] = memoryview(np.empty(delivery.size_bytes, np.uint8))
+                views[delivery.chunk] = np.empty(delivery.size_bytes, np.uint8).data
         reads = [pool.submit(self._read_for_others, batch) for batch in _split(list(views.items()))]
         return _Parcels(give, given, views, reads)
 
-    def _read_for_others(self, batch: list[tuple[ChunkId, memoryview]]) -> set[ChunkId]:
-        """Read these into their views; returns those that can't be read here."""
+    def _read_for_others(self, batch: list[tuple[ChunkId, memoryview]]) -> dict[ChunkId, str]:
+        """Read these into their views; returns the source of each that could be read."""
         try:
-            self._source.read_batch([(*chunk, out) for chunk, out in batch])
+            sources = self._source.read_batch([(*chunk, out) for chunk, out in batch])
         except CkptError:
             if len(batch) == 1:
-                return {batch[0][0]}  # the takers notice, and look for it themselves
-            return set().union(*(self._read_for_others([one]) for one in batch))
-        return set()
+                return {}  # the takers notice, and look for it themselves
+            return {chunk: source for one in batch for chunk, source in self._read_for_others([one]).items()}
+        return {chunk: source for (chunk, _), source in zip(batch, sources, strict=True)}
 
     def _fan_out(self, window: list[Delivery], parcels: _Parcels) -> None:
         """Copy each chunk from the first taker's stretch of ``give`` to those of the others."""
         assert self._agreement is not None
-        data = memoryview(parcels.give.numpy())
+        data = parcels.give.numpy().data
         at = 0
         for taker in range(self._agreement.world_size):
             for delivery in window if taker != self._agreement.rank else ():
@@ -292,7 +289,7 @@ class Filler:
                         place[:] = first
 
     def _trade(
-        self, agreement: Agreement, window: list[Delivery], parcels: _Parcels, unread: set[ChunkId]
+        self, agreement: Agreement, window: list[Delivery], parcels: _Parcels, sources: dict[ChunkId, str]
     ) -> set[ChunkId]:
         """Collective. One window changes hands; returns the chunks for this rank that are not what they should be."""
         rank = agreement.rank
@@ -300,7 +297,7 @@ class Filler:
         taken = [sum(d.size_bytes for d in coming if d.sender == sender) for sender in range(agreement.world_size)]
         take = torch.empty(sum(taken), dtype=torch.uint8)
         agreement.trade(parcels.give, parcels.given, take, taken)
-        data = memoryview(take.numpy())
+        data = take.numpy().data
         left = set()
         at = 0
         for delivery in sorted(coming, key=lambda d: d.sender):
@@ -308,21 +305,21 @@ class Filler:
             view = data[at : at + delivery.size_bytes]
             at += delivery.size_bytes
             if digest(view) == self._source.chunks(chunk[0], chunk[1])[chunk[2]].digest:
-                self._take(chunk, view)
+                self._take(chunk, view, PEER)
             else:
                 left.add(chunk)
         for delivery in window:
             if delivery.sender == rank and rank in delivery.takers:
-                if delivery.chunk in unread:
-                    left.add(delivery.chunk)
+                if delivery.chunk in sources:
+                    self._take(delivery.chunk, parcels.views[delivery.chunk], sources[delivery.chunk])
                 else:
-                    self._take(delivery.chunk, parcels.views[delivery.chunk])
+                    left.add(delivery.chunk)
         return left
 
-    def _take(self, chunk: ChunkId, data: memoryview) -> None:
+    def _take(self, chunk: ChunkId, data: memoryview, where: str) -> None:
         self._touch(self._parts[chunk])
         self._place(chunk, data)
-        self._count(PEER, data.nbytes)
+        self._count(where, data.nbytes)
 
     def _read_at_last(self, delivery: Delivery) -> None:
         """A chunk that another rank should have given: read it from wherever this rank can."""

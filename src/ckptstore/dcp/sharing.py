@@ -9,8 +9,9 @@ Every rank computes the same from the same words.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 #: (rank that saved, number of the piece in its shard, number of the chunk in that piece)
 ChunkId = tuple[int, int, int]
@@ -27,11 +28,19 @@ class Readers:
 
     Attributes:
         nodes: node of each rank.
-        holders: rank that saved -> ranks whose node has that shard file. None for a rank: only remotes have it.
+        held: for each node, the ranks that saved whose shard files are on its disk.
     """
 
     nodes: tuple[int, ...]
-    holders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    held: tuple[frozenset[int], ...]
+
+    def is_here(self, rank: int, saved_by: int) -> bool:
+        """Whether this rank's own node has the shard file of the rank that saved."""
+        return saved_by in self.held[self.nodes[rank]]
+
+    def holders(self, saved_by: int) -> tuple[int, ...]:
+        """Ranks that can read that shard file from their node's disk; none if only remotes have it."""
+        return tuple(rank for rank in range(len(self.nodes)) if self.is_here(rank, saved_by))
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ def deliveries(
         for chunk in chunks:
             takers[chunk].append(rank)
     found: list[Delivery] = []
+    holders_of = cache(readers.holders)
     read_bytes: Counter[tuple[int, ...]] = Counter()
 
     def pick(candidates: tuple[int, ...], size: int) -> int:
@@ -68,21 +78,20 @@ def deliveries(
 
     for chunk in sorted(takers):
         size, ranks = size_of(chunk), takers[chunk]
-        holders = readers.holders.get(chunk[0], ())
+        holders = holders_of(chunk[0])
         if holders:
             found.append(Delivery(chunk, size, pick(holders, size), tuple(ranks)))
             continue
         by_node: defaultdict[int, list[int]] = defaultdict(list)
         for rank in ranks:
             by_node[readers.nodes[rank]].append(rank)
-        for group in by_node.values():
-            if len(group) > 1:
-                found.append(Delivery(chunk, size, pick(tuple(group), size), tuple(group)))
+        groups = (tuple(group) for group in by_node.values() if len(group) > 1)
+        found.extend(Delivery(chunk, size, pick(group, size), group) for group in groups)
     return found
 
 
 def windows(found: Sequence[Delivery], max_bytes: int = WINDOW_BYTES) -> Iterator[list[Delivery]]:
-    """The deliveries in rounds in which no rank gives or takes more than ``max_bytes``, and each sender keeps its order."""
+    """The deliveries in rounds; in each no rank gives or takes more than ``max_bytes``. Each sender keeps its order."""
     queues: defaultdict[int, list[Delivery]] = defaultdict(list)
     for delivery in reversed(found):
         queues[delivery.sender].append(delivery)

@@ -24,6 +24,10 @@ class Chunk(Protocol):
     def size_bytes(self) -> int:
         """Plain bytes."""
 
+    @property
+    def digest(self) -> str:
+        """Of the plain bytes."""
+
 
 class ChunkSource(Protocol):
     """What loading needs of a checkpoint; ``repo.reader.CheckpointReader`` is one."""
@@ -53,8 +57,11 @@ class ChunkSource(Protocol):
     def chunks(self, rank: int, piece_index: int) -> Sequence[Chunk]:
         """The chunks of a piece."""
 
-    def read_chunk(self, rank: int, piece_index: int, chunk_index: int, out: memoryview) -> str:
-        """Verified plain bytes of a chunk into ``out``; returns the source's name."""
+    def read_batch(self, wanted: Sequence[tuple[int, int, int, memoryview]]) -> list[str]:
+        """Verified plain bytes of chunks into their ``out``; returns the name of each one's source.
+
+        Each is (rank, number of the piece, number of the chunk, out).
+        """
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +145,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def object_store(work: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def object_store(work: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
     """A bucket URL and the credentials for it: the server named by CKPTSTORE_DEMO_S3, else one of our own."""
     endpoint = os.environ.get("CKPTSTORE_DEMO_S3")
     if endpoint:

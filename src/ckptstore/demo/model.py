@@ -62,7 +62,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.dropout(self.project(attended.transpose(1, 2).reshape(batch, time, width)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        result: Tensor = x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        return result
 
 
 class GPT(nn.Module):
@@ -88,7 +89,8 @@ class GPT(nn.Module):
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.embed.weight)
+        logits: Tensor = F.linear(self.norm(x), self.embed.weight)
+        return logits
 
     def use_generators(self, generators: Sequence[torch.Generator]) -> None:
         """Give every dropout the generators of the coming batch's rows."""

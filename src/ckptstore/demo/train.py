@@ -7,10 +7,12 @@ step to ``--journal``.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import sysconfig
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
-from ckptstore import CheckpointStore
+from ckptstore import CheckpointInfo, CheckpointStore
 from ckptstore.demo.model import GPT, GPTConfig
 
 GLOBAL_BATCH = 6  # divisible by 1, 2 and 3 ranks
@@ -77,6 +79,10 @@ def main() -> int:
             with args.journal.open("a") as file:
                 file.write(json.dumps(fields) + "\n")
 
+    def reached(level: str, step: int, called: float, future: Future[CheckpointInfo]) -> None:
+        if future.exception() is None:
+            log(event=level, step=step, lag_seconds=time.time() - called, bytes=future.result().size_bytes)
+
     store = CheckpointStore(args.store, remote=args.bucket, run="demo") if args.store else None
     state: dict[str, Any] = {
         "model": model,
@@ -97,7 +103,7 @@ def main() -> int:
         model.use_generators(generators)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
@@ -110,17 +116,9 @@ def main() -> int:
             began = time.perf_counter()
             handle = store.save(state, step, metrics={"loss": mean})
             stall = time.perf_counter() - began
-            called = time.time()
             log(event="saved", step=step, stall_seconds=stall)
             for level in ("local", "remote") if args.bucket else ("local",):
-                getattr(handle, level).add_done_callback(
-                    lambda future, level=level, step=step, called=called: (
-                        future.exception()
-                        or log(
-                            event=level, step=step, lag_seconds=time.time() - called, bytes=future.result().size_bytes
-                        )
-                    )
-                )
+                getattr(handle, level).add_done_callback(functools.partial(reached, level, step, time.time()))
     log(event="done", step=args.steps)
     if store is not None:
         store.close()

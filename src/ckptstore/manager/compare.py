@@ -12,11 +12,11 @@ _LISTED = 8
 
 
 def is_config(value: Any) -> bool:
-    """Whether this is settings by its type: a Namespace, a pydantic model, a frozen dataclass, a transformers config."""
+    """Whether this is settings by its type: a Namespace, a pydantic model, a frozen dataclass."""
     if isinstance(value, type):
         return False
     if is_dataclass(value):
-        return bool(value.__dataclass_params__.frozen)  # type: ignore[attr-defined]
+        return bool(getattr(value, "__dataclass_params__").frozen)  # noqa: B009  # not in the stubs
     return isinstance(value, (argparse.Namespace, SimpleNamespace)) or hasattr(type(value), "model_fields")
 
 

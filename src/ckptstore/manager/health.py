@@ -43,7 +43,8 @@ def _largest(tensor: torch.Tensor) -> torch.Tensor:
         tensor = torch.view_as_real(tensor)
     if tensor.element_size() == 1:
         tensor = tensor.to(torch.float32)
-    return torch.linalg.vector_norm(tensor, ord=math.inf).to(torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(tensor, ord=math.inf)
+    return norm.to(torch.float32)
 
 
 def has_bad_metrics(metrics: Mapping[str, float]) -> bool:

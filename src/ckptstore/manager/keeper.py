@@ -74,6 +74,11 @@ class Keeper:
             if is_leader:
                 self._prune_local()
 
+    def make_room(self) -> None:
+        """Remove now what no rule speaks for, should anything have been left. Never raises."""
+        with self._lock:
+            self._prune_local()
+
     # -- inner ----------------------------------------------------------------------------------------------------
 
     def _prune_local(self) -> None:

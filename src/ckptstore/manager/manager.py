@@ -3,50 +3,543 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
+import re
 import signal as signals
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 
 from ckptstore.config import StoreConfig
-from ckptstore.errors import (
-    CkptError,
-    ConfigError,
-    Preempted,
-    SaveFailedError,
-    SaveTimeoutError,
-    StateError,
-    StorageError,
-)
-from ckptstore.manager import health, rng
+from ckptstore.errors import ConfigError, SaveFailedError
+from ckptstore.manager import ending
 from ckptstore.manager import resume as resuming
-from ckptstore.manager.emergency import OptimizerGuard, all_are_here
+from ckptstore.manager.emergency import OptimizerGuard
 from ckptstore.manager.grace import end_of_allocation, grace_of
 from ckptstore.manager.keeper import Keeper
 from ckptstore.manager.loading import Loading
-from ckptstore.manager.news import NewsDesk
+from ckptstore.manager.news import NOTHING, News, NewsDesk
 from ckptstore.manager.progress import Progress
 from ckptstore.manager.resume import ResumePoint
 from ckptstore.manager.safety import Safety
-from ckptstore.manager.scalars import Scalars
+from ckptstore.manager.saving import Occasion, OnFailure, Saver
+from ckptstore.manager.scalars import Scalars, SummaryWriter
 from ckptstore.manager.signals import SignalWatch
-from ckptstore.manager.tracking import OWN_KEY, Tracked
-from ckptstore.manager.voice import Voice, print_line
-from ckptstore.dcp.markers import PerRank
-from ckptstore.policy import retention as keep
-from ckptstore.policy.retention import Retention
-from ckptstore.policy.save import AnyOf, BeforeEnd, EveryEpochs, EverySeconds, EverySteps, Moment, Never, OnSignal, SavePolicy
+from ckptstore.manager.tracking import Tracked
+from ckptstore.manager.voice import Voice, is_first_rank, print_line
+from ckptstore.policy import AnyOf, BeforeEnd, EveryEpochs, EverySeconds, EverySteps, OnSignal, SavePolicy
+from ckptstore.policy.retention import BEST, Retention
 from ckptstore.store import CheckpointStore, SaveHandle
 from ckptstore.types import StepLike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from ckptstore.dcp.agreement import Agreement
+_NOT_IN_RUN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+#: Before a known end of the allocation, one save is taken this many graces ahead.
+END_GRACES = 2.0
 
-#: What is kept of the grace for printing, unwinding and exiting.
-EXIT_RESERVE_S = 0.5
+
+class CheckpointManager:
+    """Saves when it is due, resumes where the run left off, and loses nothing when the job is ended.
+
+    Creating one is free and local. ``resume``, ``step``, ``epoch_end``, ``save_checkpoint``, ``load_checkpoint`` and
+    ``has_checkpoints`` are Collective: every rank calls them in the same order, with the same step.
+
+    Args:
+        save_dir: Root of the local tier; or ``store``.
+        store: A store of yours, which is yours to close.
+        run: Names what outlives jobs; None: ``$CKPTSTORE_RUN``, else ``model_name``, else "default".
+        model_name: Used as the run's name; characters a run name can't have become "-".
+        remote: URL or URLs as for CheckpointStore; None: ``$CKPTSTORE_REMOTE``.
+        logger: Where the manager's lines go; without any logging handler they go to rank 0's stderr.
+        summary_writer: A TensorBoard ``SummaryWriter``, or anything with ``add_scalar``.
+        save_every_steps: Save when this many steps have passed since the last save of any kind; 0: off.
+        save_every_seconds: The same in seconds.
+        save_freq: Save at the end of every so many epochs, whatever the loss did; 0: off.
+        policy: A save policy of your own instead of these three.
+        keep_last: Checkpoints that stay: the newest N, ...
+        keep_best: ... the K best by ``monitor``, ...
+        keep_every_steps: ... and one every M steps; 0 turns a rule off. Pinned ones stay anyway.
+        keep_remote: Retention of the remotes; None: the same.
+        monitor: Metric that tells which is best; None: the one whose name ends in "loss".
+        mode: "min" or "max".
+        resume: "auto", "ask" (at rank 0's terminal), "never" (a new timeline), or a step.
+        save_on_signal: Signals that end the job with an emergency save.
+        grace_seconds: Time between the signal and the kill; None: 25.
+        save_on_exception: Save before an exception leaves the ``with`` block, if the state is whole.
+        on_save_failure: "warn" and train on, "raise", or "stop" the job in order.
+        max_save_failures: With "warn": raise after so many failures in a row.
+
+    Raises:
+        ConfigError: arguments that can't be right together.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str] | None = None,
+        *,
+        store: CheckpointStore | None = None,
+        run: str | None = None,
+        model_name: str | None = None,
+        remote: str | Sequence[str] | Mapping[str, str] | None = None,
+        config: StoreConfig | None = None,
+        process_group: ProcessGroup | None = None,
+        logger: logging.Logger | None = None,
+        summary_writer: SummaryWriter | None = None,
+        save_every_steps: int = 500,
+        save_every_seconds: float = 1800,
+        save_freq: int = 1,
+        policy: SavePolicy | None = None,
+        keep_last: int = 5,
+        keep_best: int = 1,
+        keep_every_steps: int = 0,
+        keep_remote: Retention | Mapping[str, Any] | None = None,
+        monitor: str | None = None,
+        mode: str = "min",
+        resume: StepLike = "auto",
+        save_on_signal: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1"),
+        grace_seconds: float | None = None,
+        save_on_exception: bool = True,
+        on_save_failure: OnFailure = "warn",
+        max_save_failures: int = 5,
+    ) -> None:
+        if (save_dir is None) == (store is None):
+            raise ConfigError("a manager takes either save_dir or store", hint='CheckpointManager("checkpoints")')
+        if store is not None and any(each is not None for each in (run, remote, config, process_group)):
+            raise ConfigError(
+                "run, remote, config and process_group belong to the store you passed",
+                hint="give them to CheckpointStore(...), or pass save_dir instead",
+            )
+        if on_save_failure not in ("warn", "raise", "stop") or max_save_failures < 1:
+            raise ConfigError('on_save_failure is "warn", "raise" or "stop"; max_save_failures is >= 1')
+        self._owns_store = store is None
+        self._resume = resuming.check_mode(resume)
+        self._signals = check_signals(save_on_signal)
+        self._grace_s = grace_of(grace_seconds, os.environ)
+        self._end = end_of_allocation(os.environ)
+        self._policy = policy or default_policy(
+            save_every_steps, save_every_seconds, save_freq, (self._grace_s if self._end else None)
+        )
+        self._saves_on_exception = save_on_exception
+        retention = Retention(keep_last, keep_best, keep_every_steps, monitor, mode)
+        self.store = store or CheckpointStore(
+            save_dir,
+            remote if remote is not None else os.environ.get("CKPTSTORE_REMOTE") or None,
+            run=run_name(run, model_name),
+            config=config,
+            process_group=process_group,
+        )
+        self.point = ResumePoint()
+        self._voice = Voice(logger)
+        self._tracked = Tracked()
+        self._progress = Progress()
+        self._safety = Safety()
+        self._scalars = Scalars(summary_writer)
+        self._guard = OptimizerGuard()
+        self._watch: SignalWatch | None = None
+        self._desk: NewsDesk | None = None
+        self._state: ending.Phase = "outside"
+        keeper = (
+            Keeper(
+                self.store.local,
+                self.store.remotes,
+                self.store.run,
+                local=retention,
+                remote=remote_retention(keep_remote, retention),
+                voice=self._voice,
+                forget=self.store.forget,
+            )
+            if self.store.local is not None
+            else None
+        )
+        self._saver = Saver(
+            self.store,
+            self._tracked,
+            self._progress,
+            keeper=keeper,
+            retention=retention,
+            safety=self._safety,
+            scalars=self._scalars,
+            voice=self._voice,
+            on_failure=on_save_failure,
+            max_failures=max_save_failures,
+        )
+        self._loading = Loading(
+            self.store,
+            self._progress,
+            keeper=keeper,
+            safety=self._safety,
+            voice=self._voice,
+            monitor=monitor,
+            mode=mode,
+        )
+
+    def __repr__(self) -> str:
+        return f"CheckpointManager({self.store!r}, tracked={self._tracked.names}, step={self._progress.step})"
+
+    # -- what is saved --------------------------------------------------------------------------------------------
+
+    def track(self, **objects: Any) -> CheckpointManager:
+        """Name what belongs to the training state: ``track(model=model, optimizer=opt, best=lambda: best)``.
+
+        Modules, optimizers, schedulers, scalers, EMA, tensors, dicts and lists are filled in place at resume. Loaders,
+        samplers and generators are kept per rank. A callable is asked at each save, and its value comes back in
+        ``point.state``. ``config`` and tokenizers are compared at resume, and differences are said. None is left out.
+
+        Raises:
+            StateError: something can't be kept; names it and what to track instead.
+        """
+        self._tracked.add(objects)
+        if self._state == "inside":
+            self._guard.watch(self._tracked.optimizers)
+        return self
+
+    # -- finding the way back -------------------------------------------------------------------------------------
+
+    def resume(self, step: StepLike | None = None) -> ResumePoint:
+        """Fill what is tracked from the checkpoint that ``resume=`` asks for, random state included. Collective.
+
+        With "auto" that is the newest sound one in any tier; damaged ones are passed over, and said. A run without
+        checkpoints gives a point that is false, with step 0.
+
+        Args:
+            step: Instead of the constructor's ``resume``.
+
+        Raises:
+            CheckpointNotFoundError: the step asked for isn't there.
+            IntegrityError: there are checkpoints, and none is whole: never a silent start from zero.
+            LoadMismatchError: the checkpoint is of another model; nothing was changed.
+        """
+        point = self._loading.resume(self._tracked, resuming.check_mode(step) if step is not None else self._resume)
+        self._adopt(point)
+        return point
+
+    def has_checkpoints(self) -> bool:
+        """Whether the run has checkpoints in any tier, damaged ones included. Collective.
+
+        Raises:
+            StorageError: a tier can't be listed; that is never "none".
+        """
+        return self._loading.exists()
+
+    def load_checkpoint(
+        self,
+        model: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        *,
+        latest: bool = True,
+        best: bool = False,
+        step: StepLike | None = None,
+        **others: Any,
+    ) -> tuple[int, int]:
+        """Fill these objects, or what is tracked, and return (epoch, step): (0, 0) when the run is new. Collective.
+
+        ``manager.point`` tells the rest: history, plain values, whether the epoch was finished. Random state is
+        restored when the latest is loaded, to train on; not with ``best=True`` or ``step=``.
+
+        Args:
+            latest: The newest sound checkpoint.
+            best: The best one by ``monitor``, or the newest saved with ``is_best=True``.
+            step: This one.
+        """
+        given = {"model": model, "optimizer": optimizer, "scheduler": scheduler, **others}
+        target = self._tracked
+        if any(value is not None for value in given.values()):
+            target = Tracked()
+            target.add(given)
+        is_resuming = step is None and not best
+        if not (latest or best or step is not None):
+            raise ConfigError("load_checkpoint: which one?", hint="latest=True, best=True or step=...")
+        wanted: StepLike = step if step is not None else "best" if best else "auto"
+        found = self._loading.choose(wanted)
+        if not found.save_ids:
+            self.point = ResumePoint()
+            return 0, 0
+        if not target:
+            self._voice.say(
+                "load_checkpoint() found nothing to fill: only epoch and step are returned; pass model=, optimizer=, "
+                "... or call track() first",
+                logging.WARNING,
+            )
+        point = self._loading.fill(target, found, is_resuming=is_resuming)
+        if is_resuming:
+            self._adopt(point)
+        self.point = point
+        return point.epoch, point.step
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def step(
+        self, step: int, *, epoch: int | None = None, metrics: Mapping[str, Any] | None = None
+    ) -> SaveHandle | None:
+        """Tell that optimizer step ``step`` is complete; saves if that is due. Collective.
+
+        Args:
+            step: Optimizer steps done.
+            epoch: The epoch this step belongs to.
+            metrics: Name -> one number; only read when a save is taken, so a loss tensor may be passed as it is.
+
+        Returns:
+            The save that was taken, or None.
+
+        Raises:
+            Preempted: after the emergency save that SIGTERM or SIGUSR1 asked for. KeyboardInterrupt after SIGINT.
+            SaveFailedError: as ``on_save_failure`` says.
+        """
+        self._progress.advance(step, epoch)
+        self._guard.mark()
+        signal, reason = self._news()
+        if signal is not None:
+            self._stop(signal, metrics)
+        handle: SaveHandle | None = None
+        if reason is not None and not self._progress.is_saved(step):
+            handle = self._save(Occasion(step, self._progress.epoch, metrics, reason=reason))
+        self._scalars.flush()
+        return handle
+
+    def epoch_end(self, epoch: int, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
+        """Tell that an epoch is complete; saves if that is due. Collective."""
+        progress = self._progress
+        step = progress.step or 0
+        progress.epoch = epoch
+        progress.epochs_since_save += 1
+        reason = self._policy.due(progress.moment(is_epoch_end=True, timed=False))
+        if reason is None or progress.is_saved(step):
+            return None
+        return self._save(Occasion(step, epoch, metrics, is_epoch_end=True, reason=reason))
+
+    def save_checkpoint(
+        self,
+        model: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        epoch: int | None = None,
+        global_step: int | None = None,
+        loss_history: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+        config: Any = None,
+        is_best: bool = False,
+        is_emergency: bool = False,
+        *,
+        epoch_finished: bool | None = None,
+        **others: Any,
+    ) -> SaveHandle | None:
+        """Save now. What is passed is tracked from here on. Collective.
+
+        Args:
+            global_step: Optimizer steps done; None: the last step that was told, else the epoch.
+            loss_history: Any list of yours; comes back as ``point.history``.
+            is_best: Marks the checkpoint for ``load_checkpoint(best=True)`` and ``keep_best``.
+            is_emergency: Marks it as made because the job is ending.
+            epoch_finished: Whether ``epoch`` is complete; None: yes, unless it is an emergency.
+            others: Whatever else belongs to the state, as for :meth:`track`.
+
+        Returns:
+            The save; None if it failed and ``on_save_failure`` says to go on.
+        """
+        self.track(
+            **{
+                "model": model,
+                "optimizer": optimizer,
+                "scheduler": scheduler,
+                "tokenizer": tokenizer,
+                "config": config,
+                **others,
+            }
+        )
+        if loss_history is not None:
+            self._tracked.add({"loss_history": lambda: loss_history})
+        progress = self._progress
+        step = global_step if global_step is not None else progress.step if progress.step is not None else epoch or 0
+        if progress.step != step:
+            progress.advance(step, epoch)
+        progress.epoch = epoch if epoch is not None else progress.epoch
+        is_end = epoch_finished if epoch_finished is not None else epoch is not None and not is_emergency
+        tags = (BEST,) if is_best else ()
+        handle = self._save(
+            Occasion(step, progress.epoch, metrics, tags, is_emergency, is_epoch_end=is_end, reason="asked for")
+        )
+        self._scalars.flush()
+        return handle
+
+    # -- beginning and end ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> CheckpointManager:
+        self._state = "inside"
+        self._guard.watch(self._tracked.optimizers)
+        self._progress.saved_at = self._progress.clock()
+        self._watch = SignalWatch(
+            self._signals, grace_s=self._grace_s, on_late=self._too_late, on_first_interrupt=self._acknowledge
+        )
+        if (note := self._watch.install()) is not None:
+            self._voice.warn(note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._leave(error)
+        finally:
+            if self._watch is not None:
+                self._watch.restore()
+            self._state = "outside"
+
+    def close(self, timeout_s: float = 600) -> None:
+        """Wait for what is on its way, then let go. Idempotent; leaving the ``with`` block does it.
+
+        Raises:
+            SaveFailedError: the last save failed.
+            SaveTimeoutError: uploads are not finished; the agent goes on with them.
+        """
+        self._guard.release()
+        ending.close(self._parts(), timeout_s, watch=self._watch)
+
+    # -- inner ----------------------------------------------------------------------------------------------------
+
+    def _news(self) -> tuple[int | None, str | None]:
+        """The signal to act on, and why a save is due: the same on every rank."""
+        progress, policy = self._progress, self._policy
+        pending = self._watch.pending if self._watch is not None else None
+        if self._desk is None:
+            self._desk = NewsDesk(self.store.agreement, grace_s=self._grace_s)
+        if self._desk.is_alone:
+            reason = policy.due(progress.moment(end=self._end))
+            self._note_end(reason)
+            return pending, reason
+        reason = policy.due(progress.moment(timed=False))
+        news = NOTHING
+        if self._watch is not None or policy.is_timed:
+            news = self._ask(pending)
+        if reason is None and news.is_due:
+            reason = policy.due(progress.moment(end=self._end)) or "rank 0 says it is time"
+            self._note_end(reason)
+        return news.signal, reason
+
+    def _ask(self, pending: int | None) -> News:
+        desk = cast(NewsDesk, self._desk)
+        try:
+            return desk.ask(
+                pending,
+                lambda: self._policy.due(self._progress.moment(end=self._end)) is not None,
+                self._progress.saves,
+            )
+        except SaveFailedError as error:
+            self._voice.warn(f"the ranks could not be asked for signals until the next save: {error.message}")
+            return NOTHING
+
+    def _note_end(self, reason: str | None) -> None:
+        if reason is not None and self._end is not None and self._end - time.time() <= self._grace_s * END_GRACES:
+            self._progress.is_end_saved = True
+
+    def _save(self, occasion: Occasion) -> SaveHandle | None:
+        handle = self._saver.save(occasion)
+        if handle is not None and self._desk is not None and self._desk.is_silent:
+            self._desk.reset()  # all ranks have just met
+        return handle
+
+    def _adopt(self, point: ResumePoint) -> None:
+        self.point = point
+        if point.info is not None:
+            info = point.info
+            self._voice.say(f"resumed step {info.step} ({resuming.source(info)}, {resuming.age(info.created_at)})")
+
+    def _parts(self) -> ending.Parts:
+        return ending.Parts(
+            store=self.store,
+            owns_store=self._owns_store,
+            saver=self._saver,
+            tracked=self._tracked,
+            progress=self._progress,
+            safety=self._safety,
+            scalars=self._scalars,
+            voice=self._voice,
+            guard=self._guard,
+        )
+
+    def _stop(self, signal: int, metrics: Mapping[str, Any] | None) -> None:
+        self._state = "ending"
+        remaining = self._watch.remaining_s() if self._watch is not None else self._grace_s
+        ending.stop(self._parts(), signal, metrics, remaining)
+
+    def _leave(self, error: BaseException | None) -> None:
+        was_ending = self._state == "ending"
+        self._state = "ending"
+        parts, watch = self._parts(), self._watch
+        is_now = watch is not None and watch.interrupts > 1
+        if (
+            isinstance(error, (Exception, KeyboardInterrupt))
+            and not was_ending
+            and self._saves_on_exception
+            and not is_now
+        ):
+            ending.rescue(parts, error, self._grace_s)
+        self._guard.release()
+        ending.leave(parts, error, watch=watch, is_now=is_now)
+
+    # -- called in the handler and the watcher: only what is safe there ---------------------------------------------
+
+    def _acknowledge(self) -> None:
+        if is_first_rank():
+            what = "leaving" if self._state == "ending" else "saving after this step"
+            print_line(f"interrupted: {what}; press Ctrl-C again to stop now")
+
+    def _too_late(self, signal: int) -> None:
+        if is_first_rank():
+            name = signals.Signals(signal).name
+            print_line(f"{name}: no step came within {self._grace_s:.0f} s; {self._safety.sentence()}")
+
+
+def default_policy(steps: int, seconds: float, epochs: int, grace_s: float | None) -> SavePolicy:
+    """The policy of the three ``save_*`` arguments, signals and a known end of the allocation; 0 turns a rule off."""
+    rules: list[SavePolicy] = []
+    if steps:
+        rules.append(EverySteps(steps))
+    if seconds:
+        rules.append(EverySeconds(seconds))
+    if epochs:
+        rules.append(EveryEpochs(epochs))
+    if grace_s is not None:
+        rules.append(BeforeEnd(grace_s * END_GRACES))
+    return AnyOf((*rules, OnSignal()))
+
+
+def run_name(run: str | None, model_name: str | None) -> str | None:
+    """The run: as given, else ``$CKPTSTORE_RUN``, else the model's name with what a run name can't have replaced."""
+    if run is not None:
+        return run
+    if given := os.environ.get("CKPTSTORE_RUN"):
+        return given
+    if model_name is None:
+        return None
+    return _NOT_IN_RUN_NAMES.sub("-", model_name).lstrip("._-")[:128] or None
+
+
+def remote_retention(given: Retention | Mapping[str, Any] | None, local: Retention) -> Retention:
+    """The remotes' retention: the same as the local one unless given."""
+    if given is None:
+        return local
+    if isinstance(given, Retention):
+        return given
+    try:
+        return Retention(**{"monitor": local.monitor, "mode": local.mode, **given})
+    except TypeError as error:
+        raise ConfigError(f"keep_remote: {error}", hint='keep_remote={"keep_last": 20, "keep_best": 3}') from None
+
+
+def check_signals(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, each of a signal that can be caught.
+
+    Raises:
+        ConfigError: it isn't.
+    """
+    if isinstance(names, str):
+        names = (names,)
+    for name in names:
+        if not re.fullmatch(r"SIG[A-Z0-9]+", name) or not hasattr(signals, name) or name in ("SIGKILL", "SIGSTOP"):
+            raise ConfigError(f"save_on_signal: {name!r} is not a signal that can be caught", hint='("SIGTERM",)')
+    return tuple(dict.fromkeys(names))

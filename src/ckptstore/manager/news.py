@@ -52,6 +52,7 @@ class NewsDesk:
         self._reaction_s = min(MAX_REACTION_S, grace_s * GRACE_SHARE)
         self._clock = clock
         self._is_first = agreement.rank == 0
+        self.is_alone = agreement.world_size == 1
         self.reset()
 
     def reset(self) -> None:

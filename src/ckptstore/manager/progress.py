@@ -67,7 +67,8 @@ class Progress:
 
     def is_saved(self, step: int) -> bool:
         """Whether this step was saved, and not in vain."""
-        return self.handle is not None and self.handle.step == step and self.handle.failure() is None
+        handle = self.handle
+        return handle is not None and handle.step == step and not (handle.done("local") and handle.local.exception())
 
     def moment(
         self, *, is_epoch_end: bool = False, signal: str | None = None, end: float | None = None, timed: bool = True

@@ -72,11 +72,13 @@ def find(catalog: Catalog, step: StepLike, monitor: str | None, mode: str) -> Ca
     sound = [record for record in reversed(line) if SUSPECT not in record.summary.tags]
     suspect = [record.step for record in line if SUSPECT in record.summary.tags]
     newest = sound[0].step if sound else -1
-    notes = tuple(f"passed over step {each}: its state has values that are not finite" for each in suspect if each > newest)
+    notes = tuple(
+        f"passed over step {each}: its state has values that are not finite" for each in suspect if each > newest
+    )
     if line and not sound:
         raise IntegrityError(
             f"every checkpoint of run {catalog.run!r} holds values that are not finite",
-            hint=f"resume={line[-1].step} resumes one all the same; resume=\"never\" starts over",
+            hint=f'resume={line[-1].step} resumes one all the same; resume="never" starts over',
             run=catalog.run,
         )
     if not line:

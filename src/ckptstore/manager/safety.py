@@ -55,7 +55,9 @@ class Safety:
         """``safe: local 12400, remote 12000``; with ``staged`` where that is newer than what is on disk."""
         steps = dict(self.steps)
         staged = steps.pop("staged", -1)
-        said = [f"{tier} {step}" for tier, step in sorted(steps.items(), key=lambda item: (item[0] != "local", item[0]))]
+        said = [
+            f"{tier} {step}" for tier, step in sorted(steps.items(), key=lambda item: (item[0] != "local", item[0]))
+        ]
         if staged > steps.get("local", -1):
             said.append(f"staged {staged} (in the node agent's memory, which is writing it)")
         return f"safe: {', '.join(said)}" if said else "nothing was saved"

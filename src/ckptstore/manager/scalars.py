@@ -16,7 +16,7 @@ class SummaryWriter(Protocol):
 
 
 class Scalars:
-    """Points are collected as word comes in, and written from the training loop's thread: writers aren't thread-safe."""
+    """Collects points as word comes in; writes them from the loop's thread, since writers aren't thread-safe."""
 
     def __init__(self, writer: SummaryWriter | None) -> None:
         self._writer = writer

@@ -38,6 +38,7 @@ class SignalWatch:
 
     Attributes:
         pending: number of the signal to act on, or None. SIGTERM replaces others; nothing replaces SIGTERM.
+        interrupts: how many SIGINTs have come; the second one is acted on at once.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class SignalWatch:
         self._arrived: float | None = None
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
-        self._interrupts = 0
+        self.interrupts = 0
         self._pipe: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
         self._owns_wakeup = False
@@ -122,8 +123,8 @@ class SignalWatch:
         if callable(previous) and previous not in _NOT_CHAINED:
             previous(number, frame)
         if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
+            self.interrupts += 1
+            if self.interrupts > 1:
                 raise KeyboardInterrupt
             self._on_first_interrupt()
 

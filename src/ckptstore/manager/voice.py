@@ -10,16 +10,14 @@ from typing import Any
 
 
 class Voice:
-    """Says each line once, on rank 0.
+    """Says each line once, on rank 0; other ranks log it at DEBUG.
 
     Args:
         logger: where to; None: the logger "ckptstore".
-        rank: only rank 0 prints; other ranks log at DEBUG.
     """
 
-    def __init__(self, logger: logging.Logger | None, rank: int) -> None:
+    def __init__(self, logger: logging.Logger | None) -> None:
         self._logger = logger if logger is not None else logging.getLogger("ckptstore")
-        self._is_first = rank == 0
         self._said: set[str] = set()
 
     @property
@@ -34,7 +32,7 @@ class Voice:
 
     def say(self, text: str, level: int = logging.INFO) -> None:
         """A line the user should see."""
-        if not self._is_first:
+        if not is_first_rank():
             self._logger.debug("%s", text)
         elif self.has_listeners:
             self._logger.log(level, "%s", text)
@@ -47,10 +45,24 @@ class Voice:
             self._said.add(text)
             self.say(text, logging.WARNING)
 
+    def ask(self, text: str) -> None:
+        """A question at the terminal, whoever else reads logs."""
+        if is_first_rank():
+            print_line(text)
+
     def note_failure(self, text: str) -> None:
         """A failed save: the store has logged it, so only print it where logs go nowhere."""
-        if self._is_first and not self.has_listeners:
+        if is_first_rank() and not self.has_listeners:
             print_line(text)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or alone, as far as is known by now."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_line(text: str) -> None:

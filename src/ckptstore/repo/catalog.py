@@ -256,7 +256,7 @@ def _claim(local: LocalTier | None, run: str, line: timelines.Line) -> timelines
         claim = timelines.Claim.decode(record, what=f"claim of timeline {line[0]}")
     except FormatError:
         return None
-    return claim if names.split_save_id(claim.save_id)[0] == line[1] else None
+    return claim if claim.job == line[1] else None
 
 
 def _unparsable(step: object) -> ConfigError:

@@ -177,7 +177,7 @@ class CheckpointReader:
         return self.read_batch([(rank, piece_index, chunk_index, out)])[0]
 
     def read_batch(self, wanted: Sequence[tuple[int, int, int, memoryview]]) -> list[str]:
-        """Many chunks, each as :meth:`read_chunk` does it; what comes from a remote shares requests with its neighbours.
+        """Many chunks, each as :meth:`read_chunk` does it; those from a remote share requests with their neighbours.
 
         Call it from several threads with batches of some MiB, each of neighbours in one shard: then that many requests
         are in flight, each about so large, and no more memory is used than that.
@@ -210,7 +210,9 @@ class CheckpointReader:
                 if self._save is not None:
                     self._repair(one.ref.rank, one.chunk, one.out)
         return [
-            self._count(source, one[3].nbytes) for source, one in zip(sources, wanted, strict=True) if source is not None
+            self._count(source, one[3].nbytes)
+            for source, one in zip(sources, wanted, strict=True)
+            if source is not None
         ]
 
     # --- manifests

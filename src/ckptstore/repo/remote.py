@@ -347,6 +347,15 @@ class RemoteTier:
         except CredentialsError:
             return
 
+    def delete(self, save: RemoteSave) -> None:
+        """Take the commit point away, then the summary: the save is gone at once, its packs are left to gc. Idempotent.
+
+        Raises:
+            CredentialsError: without the right to delete.
+        """
+        self.blob.delete([self._prefix + save.key])
+        self.blob.delete([self._prefix + save.summary_key])
+
     # --- timelines and pins
 
     def claim_timeline(self, number: int, record: bytes) -> bool:

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from ckptstore.clock import parse_rfc3339
 from ckptstore.errors import FormatError
-from ckptstore.format.manifest import FORMAT, FORMAT_VERSION, SAVE_ID_PATTERN, Document, Parent, Summary
+from ckptstore.format.manifest import FORMAT, FORMAT_VERSION, Document, Parent, Summary
 from ckptstore.repo.names import split_save_id
 
 
@@ -31,11 +31,12 @@ class Claim(Document):
 
     format: str = FORMAT
     version: int = FORMAT_VERSION
-    save_id: str = Field(pattern=f"^{SAVE_ID_PATTERN}$")
-    """The save for which the timeline was claimed; its nonce tells the job."""
+    timeline: int | None = None
+    job: str = Field(pattern="^[0-9a-f]{12}$")
+    """The job's nonce, as in the save_ids of its saves."""
+    step: int = Field(ge=0)
+    """Step of the save for which the timeline was claimed."""
     parent: Parent | None = None
-    job: str = ""
-    created_at: str = ""
 
 
 #: A line: timeline number, and the nonce of the job that claimed it.

@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.loader import load_into
+from ckptstore.dcp.sharing import Readers
 from ckptstore.errors import (
     CheckpointNotFoundError,
     CkptError,
@@ -16,14 +17,17 @@ from ckptstore.errors import (
     IncompleteCheckpointError,
     IntegrityError,
     NoStoreError,
+    SaveFailedError,
     TransientError,
 )
-from ckptstore.format.manifest import ShardManifest
+from ckptstore.format.manifest import ShardManifest, Summary
 from ckptstore.repo.catalog import Catalog, Record
 from ckptstore.repo.commit import roll_forward as complete_part
 from ckptstore.repo.local import LocalTier
+from ckptstore.repo.peers import Told
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.repo.remote import RemoteTier
+from ckptstore.store.nodes import Nodes
 from ckptstore.types import CheckpointInfo, StepLike
 
 log = logging.getLogger("ckptstore")
@@ -37,9 +41,19 @@ class Tiers:
     local: LocalTier | None
     remotes: tuple[RemoteTier, ...]
 
-    def catalog(self) -> Catalog:
-        """The union of what they hold; a remote that can't be reached now is passed over if the local tier answers."""
-        return Catalog.read(self.local, self.remotes, self.run, tolerate_unreachable=self.local is not None)
+    def catalog(self, elsewhere: Sequence[Summary] = ()) -> Catalog:
+        """The union of what they hold; a remote that can't be reached now is passed over if the local tier answers.
+
+        Args:
+            elsewhere: Saves that are complete on other nodes of the job.
+        """
+        return Catalog.read(
+            self.local,
+            self.remotes,
+            self.run,
+            tolerate_unreachable=self.local is not None,
+            elsewhere=elsewhere,
+        )
 
     def exists(self) -> bool:
         """Whether any tier is a store at all."""
@@ -47,31 +61,22 @@ class Tiers:
 
 
 def choose(tiers: Tiers, step: StepLike) -> tuple[Record, CheckpointReader, tuple[str, ...]]:
-    """The record ``step`` means, opened; with ``latest``, damaged manifests are passed over and reported.
+    """Local. The record ``step`` means, opened; with ``latest``, damaged ones are passed over and reported.
 
     Raises:
         CheckpointNotFoundError: there is none.
         IntegrityError, FormatError, IncompleteCheckpointError: the one asked for can't be read, or none of those there.
     """
-    catalog = tiers.catalog()
-    wanted = catalog.resolve(step)
-    candidates = [wanted]
-    if step == "latest":
-        candidates += [r for r in reversed(catalog.line()) if r.summary.step < wanted.summary.step]
     passed: list[str] = []
-    for record in candidates:
+    for record in _candidates(tiers, step, (), missing_ok=False):
         try:
             return record, CheckpointReader(record, tiers.local, tiers.remotes), tuple(passed)
         except (IntegrityError, FormatError, IncompleteCheckpointError) as error:
-            passed.append(f"step {record.summary.step} (save {record.summary.save_id}): {error.message}")
+            passed.append(_why(record, error))
             if step != "latest":
                 raise
             log.warning("passed over %s", passed[-1])
-    raise IntegrityError(
-        f"every checkpoint of run {tiers.run!r} is damaged: " + "; ".join(passed),
-        hint="run `ckptctl verify` to see what is left",
-        run=tiers.run,
-    )
+    raise _all_damaged(tiers.run, passed)
 
 
 def load(
@@ -85,45 +90,123 @@ def load(
     strict: bool,
     missing_ok: bool,
 ) -> tuple[CheckpointInfo, Record] | None:
-    """Collective. Fill ``state`` from the save that rank 0 chooses; None for an empty run with ``missing_ok``."""
-    record: Record | None = None
-    reader: CheckpointReader | None = None
-    passed: tuple[str, ...] = ()
+    """Collective. Fill ``state`` from the save that rank 0 chooses; None for an empty run with ``missing_ok``.
+
+    The local tiers of the job's nodes count as one. A rank reads what its own node holds; the rest comes from ranks of
+    the nodes that hold it, or from a remote, each byte once per node.
+    """
+    nodes = Nodes.meet(tiers.local, agreement)
+    opened = _open_together(tiers, agreement, nodes, step, missing_ok=missing_ok)
+    if opened is None:
+        return None
+    with opened.reader as reader:
+        report = load_into(
+            state,
+            reader,
+            only=only,
+            rename=rename,
+            strict=strict,
+            agreement=agreement,
+            readers=opened.readers,
+        )
+    if opened.passed:
+        report = replace(report, passed_over=opened.passed)
+    return replace(opened.record.info(), report=report), opened.record
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The save that all ranks agreed on, open on this one; ``passed`` says which newer ones were not used, and why."""
+
+    record: Record
+    reader: CheckpointReader
+    readers: Readers
+    passed: tuple[str, ...]
+
+
+def _candidates(tiers: Tiers, step: StepLike, elsewhere: Sequence[Summary], *, missing_ok: bool) -> list[Record]:
+    """What ``step`` may mean, best first: with ``latest`` older ones follow, for when it can't be read."""
+    try:
+        catalog = tiers.catalog(elsewhere)
+        wanted = catalog.resolve(step)
+    except (CheckpointNotFoundError, NoStoreError):
+        if missing_ok and step == "latest":
+            return []
+        raise
+    if step != "latest":
+        return [wanted]
+    return [wanted, *(r for r in reversed(catalog.line()) if r.summary.step < wanted.summary.step)]
+
+
+def _open_together(
+    tiers: Tiers, agreement: Agreement, nodes: Nodes, step: StepLike, *, missing_ok: bool
+) -> _Opened | None:
+    """Collective. Rank 0 proposes, everybody opens; what some rank can't open is passed over, or an error."""
+    elsewhere = nodes.elsewhere(tiers.local, tiers.run, agreement)
+    candidates: list[Record] = []
     error: CkptError | None = None
     if agreement.rank == 0:
         try:
-            record, reader, passed = choose(tiers, step)
-        except CheckpointNotFoundError as missing:
-            error = missing
-            if missing_ok and step == "latest":
-                error = None
-        except NoStoreError as missing:
-            error = None if missing_ok and step == "latest" else missing
+            candidates = _candidates(tiers, step, elsewhere, missing_ok=missing_ok)
         except CkptError as failure:
             error = failure
     agreement.together(error, what="choosing a checkpoint")
-    save_id: str | None = agreement.broadcast(record.summary.save_id if record else None)
-    if save_id is None:
+    passed: list[str] = []
+    while True:
+        proposed = replace(candidates.pop(0), local=None) if candidates else None
+        record = agreement.broadcast(proposed, what="choosing a checkpoint")
+        if record is None and passed:
+            raise _all_damaged(tiers.run, passed)
+        if record is None:
+            return None
+        reader: CheckpointReader | None = None
+        error = None
+        try:
+            if tiers.local is not None:
+                record = replace(record, local=tiers.local.find(tiers.run, record.save_id))
+            told = _tell(tiers, agreement, nodes, record)
+            reader = CheckpointReader(record, tiers.local, tiers.remotes, told=told)
+        except SaveFailedError:
+            raise  # a peer was lost
+        except CkptError as failure:
+            error = failure
+        errors = agreement.gather(error, what="opening the checkpoint")
+        failed = next((each for each in errors if each is not None), None)
+        if failed is None and reader is not None:
+            held = nodes.gather(agreement, lambda r=reader: r.ranks_here, what="opening the checkpoint")  # type: ignore[misc]
+            return _Opened(record, reader, Readers(nodes.of_rank, tuple(held)), tuple(passed))
+        if step != "latest" or not isinstance(failed, (IntegrityError, FormatError, IncompleteCheckpointError)):
+            agreement.raise_together(error, what="opening the checkpoint")
+        if reader is not None:
+            reader.close()
+        passed.append(_why(record, failed))
+        if agreement.rank == 0:
+            log.warning("passed over %s", passed[-1])
+
+
+def _tell(tiers: Tiers, agreement: Agreement, nodes: Nodes, record: Record) -> Told | None:
+    """Collective, between several nodes. The manifests of this save that their local tiers hold."""
+    if nodes.count == 1:
         return None
-    try:
-        if agreement.rank != 0:
-            record, reader, passed = choose(tiers, save_id)
-    except CkptError as failure:
-        error = failure
-    agreement.together(error, what="choosing a checkpoint")
-    if record is None or reader is None:
-        raise AssertionError("agreed on a save without a reader")
-    report = load_into(
-        state,
-        reader,
-        only=only,
-        rename=rename,
-        strict=strict,
-        agreement=agreement,
+
+    def look() -> Told:
+        if tiers.local is None or record.local is None:
+            return Told()
+        return Told.by(tiers.local, tiers.run, record.local)
+
+    return Told.together(nodes.gather(agreement, look, what="telling what each node holds"))
+
+
+def _why(record: Record, error: CkptError | None) -> str:
+    return f"step {record.summary.step} (save {record.summary.save_id}): {error.message if error else 'unreadable'}"
+
+
+def _all_damaged(run: str, passed: Sequence[str]) -> IntegrityError:
+    return IntegrityError(
+        f"every checkpoint of run {run!r} is damaged: " + "; ".join(passed),
+        hint="run `ckptctl verify` to see what is left",
+        run=run,
     )
-    if passed:
-        report = replace(report, passed_over=passed)
-    return replace(record.info(), report=report), record
 
 
 def roll_forward(tiers: Tiers, agreement: Agreement) -> None:
@@ -135,8 +218,8 @@ def roll_forward(tiers: Tiers, agreement: Agreement) -> None:
         if tiers.local.exists():
             for save in tiers.local.saves(tiers.run):
                 if save.state == "prepared":
-                    found = tiers.local.shard_manifests_present(save.path)
-                    parts[save.save_id] = [shard.encode() for shard in found]
+                    present = tiers.local.shard_manifests_present(save.path)
+                    parts[save.save_id] = [shard.encode() for shard in present]
     except CkptError as error:
         log.warning("looking for prepared saves failed: %s", error)
     if not any(agreement.gather(bool(parts), what="looking for prepared parts")):

@@ -27,6 +27,7 @@ from ckptstore.errors import (
     SaveFailedError,
     SaveTimeoutError,
     StateError,
+    StorageError,
     TransientError,
 )
 from ckptstore.format.manifest import Parent, ShardManifest, Summary
@@ -103,6 +104,8 @@ class Session:
         self._counter = 0
         self._lock = threading.Lock()
         self._client: AgentClient | None = None
+        self._relay: NodeRelay | None = None
+        self.topology = Topology(0, 1, (self.rank,))  # until the agents are known; events may come before
         error: CkptError | None = (
             None if terms["run"] == run else ConfigError(f"rank 0 saves run {terms['run']!r}, this rank {run!r}")
         )
@@ -114,7 +117,6 @@ class Session:
         self.agreement.together(error, what="attaching to the node agents")
         agent_ids = self.agreement.gather(self.client.agent_id, what="counting the nodes")
         self.topology = Topology.of(agent_ids, self.rank)
-        self._relay: NodeRelay | None = None
         if self.topology.num_nodes > 1 and self.rank == self.topology.local_ranks[0]:
             self._relay = NodeRelay(
                 self.agreement.job_store(),
@@ -270,6 +272,9 @@ class Session:
                 self._release(call)
                 return self._skipped(call)
             return self._copy_and_seal(call, prepared)
+        except StorageError as failure:
+            # Disk, memory or agent trouble, on some rank and told to all: training goes on, the handle says it.
+            return self._failed(call, failure)
         finally:
             self._release(call)
 
@@ -378,6 +383,12 @@ class Session:
         handle.reach("local")
         for name in self.remotes:
             handle.reach("remote", name)
+        return handle
+
+    def _failed(self, call: _Call, error: CkptError) -> SaveHandle:
+        handle = SaveHandle(self._info(call), self.remotes, self.config.remote_quorum)
+        self._remember(handle)
+        handle.fail(error)
         return handle
 
     def _release(self, call: _Call) -> None:

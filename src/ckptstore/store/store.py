@@ -84,6 +84,7 @@ class CheckpointStore:
         self._group = process_group
         self._pid = os.getpid()
         self._lock = threading.RLock()
+        self._tiers_lock = threading.Lock()
         self._session: Session | None = None
         self._agreement: Agreement | None = None
         self._tiers: Tiers | None = None
@@ -385,7 +386,7 @@ class CheckpointStore:
             getattr(tiers.local, action)(self.run, save_id)
         for remote in tiers.remotes:
             if remote.name in record.remote:
-                getattr(remote, action)(record.remote[remote.name])
+                getattr(remote, action)(record.remote[remote.name] if action == "delete" else save_id)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -394,7 +395,7 @@ class CheckpointStore:
             raise ConfigError("this process was forked from the one that opened the store", hint="open it here")
 
     def _open_tiers(self) -> Tiers:
-        with self._lock:
+        with self._tiers_lock:  # a lock of its own: looking never waits for a save that waits
             if self._tiers is None:
                 from ckptstore.blob import open_blob_store
 

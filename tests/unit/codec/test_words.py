@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from ckptstore.codec import words
+from ckptstore.codec.base import BLOCK
+
+COUNT = BLOCK + 7000
 
 
 @st.composite
@@ -52,11 +55,11 @@ def test_difference_counts_representable_steps_when_numbers_cross_zero(width: in
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_stops_at_the_difference_when_one_number_differs(kind: str) -> None:
-    master = make(kind, 4, 150_000, 1)
-    rounded, spare = np.empty(150_000, "<u2"), np.empty(150_000, "<u4")
+    master = make(kind, 4, COUNT, 1)
+    rounded, spare = np.empty(COUNT, "<u2"), np.empty(COUNT, "<u4")
     words.round_to_bfloat16(master, rounded, spare)
     assert words.equals_rounded(rounded, master)
-    for at in (0, 65_535, 65_536, 149_999):
+    for at in (0, BLOCK - 1, BLOCK, COUNT - 1):
         wrong = rounded.copy()
         wrong[at] ^= 1
         assert not words.equals_rounded(wrong, master)

