@@ -24,6 +24,9 @@ class StoreConfig(BaseModel):
     on_failure: Literal["warn", "raise"] = "warn"
     """What a ``save`` does when an earlier save of this store has failed: log and go on, or raise SaveFailedError."""
 
+    overlap: bool = False
+    """Return from ``save`` before parameters and optimizer state are copied; ``store.guard`` holds the next step."""
+
     back_pressure: Literal["wait", "skip", "fail"] = "wait"
     """When both arena generations are still being written: wait, skip this save, or raise SaveFailedError."""
 

@@ -463,7 +463,9 @@ def test_a_server_that_cannot_be_reached_is_transient_when_nothing_listens(schem
 
 @pytest.mark.filterwarnings("always::ResourceWarning")
 @pytest.mark.parametrize(
-    "fault", [Reply(200), Reply(403, "AccessDenied"), CutReply(70), EditReply(lambda body: b"<html>" * 9000)], ids=str
+    "fault",
+    [Reply(200), Reply(403, "AccessDenied"), CutReply(70), EditReply(lambda body: b"<html>" + bytes(300_000))],
+    ids=str,
 )
 def test_no_connection_is_left_open_when_answers_are_bad(
     bench: Bench, fault: Fault, recwarn: pytest.WarningsRecorder
@@ -475,6 +477,7 @@ def test_no_connection_is_left_open_when_answers_are_bad(
         lambda: bench.bare.put("open/large", LARGE),
         lambda: bench.bare.get("open/k"),
         lambda: bench.bare.get("open/k", max_bytes=5),
+        lambda: bench.bare.get("open/absent"),
         lambda: bench.bare.head("open/k"),
         lambda: list(bench.bare.list()),
         lambda: bench.bare.delete(["open/k"]),

@@ -90,6 +90,16 @@ def load_from(rank: int, kind: str, roots: list[str], remote: str | None) -> Any
     return load(rank, kind, roots[rank], remote)
 
 
+def load_and_fetch(rank: int, kind: str, remote: str) -> Any:
+    """A job on a fresh node: what it took from where, and the bytes of the checkpoint."""
+    model, optimizer = make(kind, seed=1)
+    with CheckpointStore(None, remote=remote, config=QUICK) as store:
+        info = store.load({"model": model, "optimizer": optimizer})
+    assert info is not None
+    assert info.report is not None
+    return fingerprint(model, optimizer), dict(info.report.bytes_by_source), info.size_bytes
+
+
 def die(rank: int, moment: str, root: str, remote: str | None) -> Any:
     """Two nodes of one rank each; somebody dies at ``moment`` of the second save, after a first one is complete."""
     folder = node_root(root, rank)

@@ -64,6 +64,8 @@ _PARAMS = frozenset(
     }
 )
 _MIB = 1 << 20
+#: A pack of the usual 64 MiB, and the frame that closed it, go in one request: packs are sent side by side anyway.
+_SINGLE_PUT_BYTES = 80 * _MIB
 _DELETE_BATCH = 1000
 _PAGE = 1000
 _CONNECT_TIMEOUT_S = 10.0
@@ -90,7 +92,7 @@ class OSSBlobStore(BlobStore):
         *,
         environ: Mapping[str, str] | None = None,
         attempts: Attempts = once,
-        single_put_bytes: int = 64 * _MIB,
+        single_put_bytes: int = _SINGLE_PUT_BYTES,
         part_bytes: int = 16 * _MIB,
         read_timeout_s: float = 60.0,
     ) -> None:

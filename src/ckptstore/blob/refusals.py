@@ -165,6 +165,8 @@ class Refusal:
             return TransientError(message, reason="timeout", **context)
         if code in _AGAIN or (status >= 500 and status != 501):
             return TransientError(message, reason="server_error", **self._retry_after(), **context)
+        if code == "InvalidObjectState":
+            return StorageError(message, hint="the object is in an archive class: have it restored first", **context)
         if code in _DENIED or status in (401, 403):
             return CredentialsError(
                 message,

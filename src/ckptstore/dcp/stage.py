@@ -7,7 +7,7 @@ does strides, conjugation and devices, and releases the GIL, so several threads 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from ckptstore.dcp.binder import Binding
 from ckptstore.dcp.boxes import copyable
 from ckptstore.dcp.planner import Plan
+from ckptstore.dcp.walk import Kind
 
 #: Below this a second thread costs more than it saves.
 _BYTES_PER_THREAD = 8 << 20
@@ -51,21 +52,26 @@ class Stage:
         self._targets: dict[int, tuple[list[torch.Tensor], list[int]]] = {}
         self._total = 0
 
-    def copy(self, binding: Binding, image: Any, threads: int = 1) -> int:
+    def copy(self, binding: Binding, image: Any, threads: int = 1, kinds: Collection[Kind] | None = None) -> int:
         """Copy every piece to its place in ``image``; all bytes are there when this returns.
 
         Args:
             binding: of the structure the plan was made for.
             image: a writable buffer, the image of the shard file.
             threads: upper bound; small totals are copied by the caller alone.
+            kinds: copy only tensors of these kinds; None: all.
 
         Returns:
             Bytes copied.
         """
         locals_ = binding.locals
         targets, indexes = self._views(binding, image)
-        sources = [copyable(locals_[i]) for i in indexes]
         total = self._total
+        if kinds is not None:
+            chosen = [(t, i) for t, i in zip(targets, indexes, strict=True) if binding.tensors[i].kind in kinds]
+            targets, indexes = [t for t, _ in chosen], [i for _, i in chosen]
+            total = sum(target.nbytes for target in targets)
+        sources = [copyable(locals_[i]) for i in indexes]
         threads = min(threads, max(1, total // _BYTES_PER_THREAD))
         with torch.no_grad():
             if any(source.is_cuda for source in sources):

@@ -152,7 +152,8 @@ class PickleWriter:
             push(self, value)
             return
         numpy = sys.modules.get("numpy")  # costs 0.1 s to import, and whoever has a value of its types has it
-        if numpy is None or not isinstance(value, (numpy.generic, numpy.ndarray)):
+        # Another thread may be importing it right now; then no value can be of it yet.
+        if numpy is None or not hasattr(numpy, "generic") or not isinstance(value, (numpy.generic, numpy.ndarray)):
             raise NoPickleFormError(f"{type(value).__name__} has no stock form")
         _push_numpy(self, value)
 

@@ -1,7 +1,7 @@
 """What belongs to the training state, and how each kind of it is kept.
 
-    in place    modules, optimizers, schedulers, scalers, tensors, dicts, lists: saved and filled in place
-    own         loaders, samplers, generators: the same, each rank its own
+    in place    modules, optimizers, schedulers, scalers, tensors: saved and filled in place
+    own         loaders, samplers, generators, dicts, lists, sets, arrays: the same, each rank its own
     asked       callables: called at each save; their value comes back in ``point.state``
     compared    config: saved; at resume compared with the one given now, and differences are said
     files       tokenizers: what ``save_pretrained`` writes, saved as files and compared
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
 
 from ckptstore.dcp.markers import PerRank, Trainable
+from ckptstore.dcp.target import has_fillable
 from ckptstore.errors import ConfigError, StateError
 from ckptstore.manager import compare, files
 
@@ -107,7 +108,7 @@ def sort(name: str, value: Any) -> tuple[str, Any]:
     if isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
         return "in_place", PerRank(_Generator(value))
     if isinstance(value, np.ndarray):
-        return "in_place", _Array(value)
+        return "in_place", PerRank(_Array(value))
     if _is_stateful(value):
         return "in_place", PerRank(value) if _is_loader(value) else value
     if callable(getattr(value, "save_pretrained", None)):
@@ -125,9 +126,10 @@ def sort(name: str, value: Any) -> tuple[str, Any]:
             key=name,
         )
     if isinstance(value, (MutableMapping, MutableSequence, MutableSet)):
-        return "in_place", _Set(value) if isinstance(value, MutableSet) else value
+        # With tensors or modules in it the store fills it in place; plain contents are each rank's own.
+        return "in_place", value if has_fillable(value) else PerRank(_Contents(value))
     if is_dataclass(value) and not isinstance(value, type):
-        return "in_place", _Fields(value)
+        return "in_place", PerRank(_Fields(value))
     if callable(value):
         return "asked", value
     raise StateError(
@@ -185,19 +187,27 @@ class _Array:
         np.copyto(self._array, state["array"])
 
 
-class _Set:
-    """A set, filled in place."""
+class _Contents:
+    """A dict, list or set of plain values: the same object gets the stored contents."""
 
-    def __init__(self, items: MutableSet[Any]) -> None:
-        self._items = items
+    def __init__(self, container: Any) -> None:
+        self._container = container
 
     def state_dict(self) -> dict[str, Any]:
-        return {"items": set(self._items)}
+        return {"contents": self._container}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._items.clear()
-        for item in state["items"]:
-            self._items.add(item)
+        stored = state["contents"]
+        if stored is self._container:
+            return
+        self._container.clear()
+        if isinstance(self._container, MutableSequence):
+            self._container.extend(stored)
+        elif isinstance(self._container, MutableSet):
+            for item in stored:
+                self._container.add(item)
+        else:
+            self._container.update(stored)
 
 
 class _Fields:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptstore.dcp.agreement import Agreement
@@ -67,16 +67,15 @@ def choose(tiers: Tiers, step: StepLike) -> tuple[Record, CheckpointReader, tupl
         CheckpointNotFoundError: there is none.
         IntegrityError, FormatError, IncompleteCheckpointError: the one asked for can't be read, or none of those there.
     """
-    passed: list[str] = []
+    passed = _PassedOver(tiers.run)
     for record in _candidates(tiers, step, (), missing_ok=False):
         try:
-            return record, CheckpointReader(record, tiers.local, tiers.remotes), tuple(passed)
+            return record, CheckpointReader(record, tiers.local, tiers.remotes), tuple(passed.reasons)
         except (IntegrityError, FormatError, IncompleteCheckpointError) as error:
-            passed.append(_why(record, error))
             if step != "latest":
                 raise
-            log.warning("passed over %s", passed[-1])
-    raise _all_damaged(tiers.run, passed)
+            passed.note(record, error)
+    raise passed.verdict()
 
 
 def load(
@@ -151,12 +150,12 @@ def _open_together(
         except CkptError as failure:
             error = failure
     agreement.together(error, what="choosing a checkpoint")
-    passed: list[str] = []
+    passed = _PassedOver(tiers.run)
     while True:
         proposed = replace(candidates.pop(0), local=None) if candidates else None
         record = agreement.broadcast(proposed, what="choosing a checkpoint")
-        if record is None and passed:
-            raise _all_damaged(tiers.run, passed)
+        if record is None and passed.reasons:
+            raise passed.verdict()
         if record is None:
             return None
         reader: CheckpointReader | None = None
@@ -174,14 +173,12 @@ def _open_together(
         failed = next((each for each in errors if each is not None), None)
         if failed is None and reader is not None:
             held = nodes.gather(agreement, lambda r=reader: r.ranks_here, what="opening the checkpoint")  # type: ignore[misc]
-            return _Opened(record, reader, Readers(nodes.of_rank, tuple(held)), tuple(passed))
+            return _Opened(record, reader, Readers(nodes.of_rank, tuple(held)), tuple(passed.reasons))
         if step != "latest" or not isinstance(failed, (IntegrityError, FormatError, IncompleteCheckpointError)):
             agreement.raise_together(error, what="opening the checkpoint")
         if reader is not None:
             reader.close()
-        passed.append(_why(record, failed))
-        if agreement.rank == 0:
-            log.warning("passed over %s", passed[-1])
+        passed.note(record, failed, tell=agreement.rank == 0)
 
 
 def _tell(tiers: Tiers, agreement: Agreement, nodes: Nodes, record: Record) -> Told | None:
@@ -197,16 +194,35 @@ def _tell(tiers: Tiers, agreement: Agreement, nodes: Nodes, record: Record) -> T
     return Told.together(nodes.gather(agreement, look, what="telling what each node holds"))
 
 
-def _why(record: Record, error: CkptError | None) -> str:
-    return f"step {record.summary.step} (save {record.summary.save_id}): {error.message if error else 'unreadable'}"
+@dataclass
+class _PassedOver:
+    """Checkpoints that could not be used, newest first, and why."""
 
+    run: str
+    reasons: list[str] = field(default_factory=list)
+    errors: list[CkptError | None] = field(default_factory=list)
 
-def _all_damaged(run: str, passed: Sequence[str]) -> IntegrityError:
-    return IntegrityError(
-        f"every checkpoint of run {run!r} is damaged: " + "; ".join(passed),
-        hint="run `ckptctl verify` to see what is left",
-        run=run,
-    )
+    def note(self, record: Record, error: CkptError | None, *, tell: bool = True) -> None:
+        """One more."""
+        why = error.message if error is not None else "unreadable"
+        self.errors.append(error)
+        self.reasons.append(f"step {record.summary.step} (save {record.summary.save_id}): {why}")
+        if tell:
+            log.warning("passed over %s", self.reasons[-1])
+
+    def verdict(self) -> IntegrityError | IncompleteCheckpointError:
+        """What to raise when none is left."""
+        if all(isinstance(error, IncompleteCheckpointError) for error in self.errors):
+            return IncompleteCheckpointError(
+                f"no checkpoint of run {self.run!r} is whole on the nodes of this job: " + "; ".join(self.reasons),
+                hint="start on the nodes that saved it, or name a remote",
+                run=self.run,
+            )
+        return IntegrityError(
+            f"every checkpoint of run {self.run!r} is damaged: " + "; ".join(self.reasons),
+            hint="run `ckptctl verify` to see what is left",
+            run=self.run,
+        )
 
 
 def roll_forward(tiers: Tiers, agreement: Agreement) -> None:

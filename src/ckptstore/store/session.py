@@ -21,6 +21,7 @@ from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.planner import Plan
 from ckptstore.dcp.prepare import Prepared, Preparer
 from ckptstore.dcp.stage import Stage
+from ckptstore.dcp.walk import Kind
 from ckptstore.errors import (
     CkptError,
     ConfigError,
@@ -31,6 +32,7 @@ from ckptstore.errors import (
     TransientError,
 )
 from ckptstore.format.manifest import Parent, ShardManifest, Summary
+from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
 from ckptstore.store.relay import NodeRelay
 from ckptstore.store.timeline import TimelineKeeper
@@ -41,6 +43,8 @@ log = logging.getLogger("ckptstore")
 #: What an agent needs from a trainer's environment to reach the buckets; nothing else is passed on.
 CREDENTIAL_PREFIXES = ("AWS_", "OSS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 KEPT_HANDLES = 256
+_CHANGING: frozenset[Kind] = frozenset({"buffer", "plain", "per_rank"})
+_FENCED: frozenset[Kind] = frozenset({"param", "optim"})
 #: How often a waiting store looks whether its agent is still there.
 FOLLOW_SECONDS = 1.0
 
@@ -85,6 +89,7 @@ class Session:
         config: StoreConfig,
         agreement: Agreement,
         timeline: TimelineKeeper,
+        fence: Fence,
         committed: Callable[[], Mapping[str, set[str]]],
     ) -> None:
         self.root, self.run, self.remotes = root, run, dict(remotes)
@@ -97,6 +102,7 @@ class Session:
         self.job: str = terms["job"]
         self.handles: dict[str, SaveHandle] = {}
         self._timeline = timeline
+        self.fence = fence
         self._preparer = Preparer(agreement, check_replicas=self.config.check_replicas)
         self._plan: Plan | None = None
         self._stage: Stage | None = None
@@ -252,6 +258,7 @@ class Session:
         call = _Call(step, f"{self.job}-{self._counter}", epoch)
         error: CkptError | None = None
         try:
+            self.fence.wait()
             self._raise_earlier_failure()
             self.reconnect()
             call.summary = self._summary(call, metrics, tags, emergency)
@@ -324,31 +331,43 @@ class Session:
         self._remember(handle)
         binding = prepared.binding
         is_first = self.rank == 0
-        try:
-            self._stage.copy(binding, self._arena.generations[call.generation], threads=_copy_threads())
-            request = SealRequest(
-                save_id=call.save_id,
-                step=call.step,
-                rank=self.rank,
-                world_size=self.world_size,
-                node=self.topology.node,
-                num_nodes=self.topology.num_nodes,
-                local_ranks=self.topology.local_ranks,
-                layout_id=self._arena.layout_id,
-                summary=call.summary,
-                tree=binding.tree if is_first else None,
-                aliases=binding.aliases if is_first else {},
-                per_rank=binding.per_rank,
-            )
-            if self._relay is not None:
-                self._relay.watch(call.save_id)
-            self.client.seal(call.generation, request)
-            call.generation = None  # the agent's now
-        except (CkptError, RuntimeError, MemoryError) as error:
-            # Peers learn it from their agent, or through the relay; this rank trains on.
-            failure = error if isinstance(error, CkptError) else SaveFailedError(f"copying the state failed: {error}")
-            handle.fail(failure)
-            self._discard(call, str(failure))
+        request = SealRequest(
+            save_id=call.save_id,
+            step=call.step,
+            rank=self.rank,
+            world_size=self.world_size,
+            node=self.topology.node,
+            num_nodes=self.topology.num_nodes,
+            local_ranks=self.topology.local_ranks,
+            layout_id=self._arena.layout_id,
+            summary=call.summary,
+            tree=binding.tree if is_first else None,
+            aliases=binding.aliases if is_first else {},
+            per_rank=binding.per_rank,
+        )
+        if self._relay is not None:
+            self._relay.watch(call.save_id)
+        generation, call.generation = call.generation, None
+        image = self._arena.generations[generation]
+
+        def finish(kinds: frozenset[Kind] | None) -> None:
+            try:
+                stage.copy(binding, image, threads, kinds)
+                self.client.seal(generation, request)
+            except (CkptError, RuntimeError, MemoryError) as error:
+                # Peers learn it from their agent, or through the relay; this rank trains on.
+                failure = error if isinstance(error, CkptError) else SaveFailedError(f"copying failed: {error}")
+                handle.fail(failure)
+                self._discard(call, str(failure))
+
+        stage, threads = self._stage, _copy_threads()
+        if self.fence.is_on:
+            # What forward and backward change, or the user at any time, is copied now; what only optimizer.step
+            # changes is copied meanwhile, and the fence holds the next step until that is done.
+            stage.copy(binding, image, threads, _CHANGING)
+            self.fence.run(lambda: finish(_FENCED))
+        else:
+            finish(None)
         return handle
 
     def _info(self, call: _Call, *, skipped: bool = False) -> CheckpointInfo:
@@ -450,6 +469,7 @@ class Session:
 
     def close(self) -> None:
         """Detach; the agent goes on with what it holds."""
+        self.fence.close()
         if self._relay is not None:
             self._relay.close()
         if self._client is not None:

@@ -25,6 +25,7 @@ from ckptstore.errors import (
 from ckptstore.format.manifest import Parent, check_run_name
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.remote import RemoteTier
+from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
 from ckptstore.store.loading import Tiers, choose, roll_forward
 from ckptstore.store.loading import load as load_save
@@ -33,6 +34,7 @@ from ckptstore.types import CheckpointInfo, StepLike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
 
     from ckptstore.dcp.agreement import Agreement
     from ckptstore.repo.catalog import Catalog, Record
@@ -89,6 +91,8 @@ class CheckpointStore:
         self._agreement: Agreement | None = None
         self._tiers: Tiers | None = None
         self._closed = False
+        self._fence = Fence()
+        self._fence.is_wanted = self.config.overlap
         self._timeline = TimelineKeeper(self._catalog_for_saving)
 
     def __repr__(self) -> str:
@@ -214,6 +218,20 @@ class CheckpointStore:
                     remote.blob.close()
             self._session = self._tiers = None
 
+    def guard(self, optimizer: Optimizer) -> None:
+        """With ``StoreConfig(overlap=True)``: let each step of this optimizer wait until the last save's copy is done.
+
+        Local. Guard every optimizer of the state before the first save; without one, saves are copied before ``save``
+        returns. Parameters and optimizer state must only be changed by guarded optimizers between a save and the
+        next step; buffers and plain tensors are always copied at once.
+
+        Raises:
+            ConfigError: ``overlap`` is off.
+        """
+        if not self.config.overlap:
+            raise ConfigError("guard needs overlapping copies", hint="open the store with StoreConfig(overlap=True)")
+        self._fence.guard(optimizer)
+
     # -- loading --------------------------------------------------------------------------------------------------
 
     def load(
@@ -247,6 +265,7 @@ class CheckpointStore:
         """
         with self._lock:
             self._check_open()
+            self._fence.wait()
             agreement = self._open_agreement()
             self._settle(agreement)
             tiers = self._open_tiers()
@@ -361,6 +380,7 @@ class CheckpointStore:
         """Let what earlier trainers staged reach the disk, and complete what is durable in parts. Collective."""
         with self._lock:
             self._check_open()
+            self._fence.wait()
             agreement = self._open_agreement()
             self._settle(agreement)
             roll_forward(self._open_tiers(), agreement)
@@ -423,6 +443,7 @@ class CheckpointStore:
                 config=self.config,
                 agreement=self._open_agreement(),
                 timeline=self._timeline,
+                fence=self._fence,
                 committed=self._committed,
             )
         return self._session

@@ -42,10 +42,11 @@ class TimelineKeeper:
     def at(self, step: int, claimer: TimelineClaimer, *, job: str) -> tuple[int, Parent | None]:
         """The timeline for a save of ``step``, claimed if it must be new, and the save it continues from."""
         if self._number is None or (self._saves and step <= self._saves[-1].step):
-            catalog = self._catalog()
+            catalog, resumed = self._catalog(), self._resumed
             self._parent = self._parent_for(step, catalog)
             record = {"job": job, "step": step, "parent": self._parent.model_dump() if self._parent else None}
-            highest = max(catalog.next_timeline(), (self._number or 0) + 1)
+            # A parent on another node's disk may be of a line that no tier of this node has heard of.
+            highest = max(catalog.next_timeline(), (self._number or 0) + 1, 1 + (resumed.timeline if resumed else 0))
             self._number = claimer.claim_timeline(highest, json.dumps(record, sort_keys=True).encode())
             self._resumed, self._fresh, self._saves = None, False, []
         return self._number, self._parent

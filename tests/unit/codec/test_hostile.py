@@ -241,3 +241,28 @@ def test_plain_digest_catches_it_when_a_raw_plane_is_damaged() -> None:
         frame[at] ^= 0x10
         with pytest.raises(IntegrityError, match="digest"):
             decode(bytes(frame), size_bytes=len(plain), base=base)
+
+
+@pytest.mark.parametrize("num_misfits", [0, 2, 3, 9])
+def test_integrity_error_when_a_narrow_plane_has_another_number_of_misfits(num_misfits: int) -> None:
+    # Four of 64 one-bit elements are escapes, so exactly four values must follow.
+    packed, misfits = bytes([0b1111, *bytes(7)]), bytes(num_misfits)
+    payload = struct.pack("<BBBBII", 1, RAW, RAW, 0, len(packed), len(misfits)) + packed + misfits
+    frame = build("planes", word_bytes=1, size_bytes=64, check=0, planes=[Plane(NARROW, 1, payload)])
+    with pytest.raises(IntegrityError, match="misfits"):
+        decode(frame, size_bytes=64)
+
+
+def test_little_memory_is_used_when_the_misfits_are_a_bomb() -> None:
+    size, packed = 256 << 20, bytes([1, *bytes(511)])
+    payload = struct.pack("<BBBBII", 1, RAW, ZSTD, 0, len(packed), size) + packed + _bomb(size, content_size=True)
+    frame = build("planes", word_bytes=1, size_bytes=4096, check=0, planes=[Plane(NARROW, 1, payload)])
+    assert _peak(frame, 4096) < 1 << 20
+
+
+@pytest.mark.parametrize("groups", [(1, 2, 1), (4,), (1, 1), (2, 2, 2), (1, 1, 1, 1, 1)])
+def test_integrity_error_when_planes_do_not_fit_the_word(groups: tuple[int, ...]) -> None:
+    planes = [Plane(RAW, size, bytes(16 * size)) for size in groups]
+    frame = build("planes", word_bytes=4, size_bytes=64, check=0, planes=planes)
+    with pytest.raises(IntegrityError):
+        decode(frame, size_bytes=64)

@@ -190,3 +190,12 @@ def test_rounding_agrees_with_torch_when_numbers_are_not_nan() -> None:
     master = np.concatenate([master, tie[np.isfinite(tie.view("<f4"))]])
     plain = torch.from_numpy(master.view("<f4").copy()).bfloat16().view(torch.uint8).numpy().tobytes()
     assert encode(plain, dtype="bfloat16", master=master.tobytes()).codec == "derived"
+
+
+@pytest.mark.parametrize("kind", ["positive", "sparse", "weights"])
+def test_bytes_come_back_when_the_sample_misses_what_differs(kind: str) -> None:
+    numbers = words(kind, 4, 300_000, 1)
+    for at in (500, 5000, 123_456):  # between the sampled runs
+        numbers[at] = 0xFFC12345
+    encoded = encode(numbers.tobytes(), dtype="float32")
+    assert bytes(decode(encoded.frame, size_bytes=numbers.nbytes)) == numbers.tobytes()

@@ -114,6 +114,13 @@ def test_views_of_one_storage_are_not_tied_when_they_show_different_values() -> 
     assert len(binding.tensors) == 4
 
 
+def test_one_memory_seen_as_two_dtypes_is_not_tied() -> None:
+    x = torch.randn(4)
+    back = read_state(save({"f": x, "i": x.view(torch.int32)}))
+    assert torch.equal(back["f"], x)
+    assert torch.equal(back["i"], x.view(torch.int32))
+
+
 def test_ties_are_seen_again_when_they_change_between_saves() -> None:
     a, b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
     binder = Binder()

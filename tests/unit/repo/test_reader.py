@@ -317,3 +317,72 @@ def test_wrong_buffer_is_refused_when_reading(house: House) -> None:
             reader.read_chunk(rank, index, 0, memoryview(bytearray(3)))
         with pytest.raises(KeyError):
             reader.pieces("no such tensor")
+
+
+def batch_of(reader: CheckpointReader) -> tuple[list[tuple[int, int, int, memoryview]], dict[str, list[bytearray]]]:
+    """Everything there is, and the buffers it goes to, by tensor."""
+    wanted = []
+    buffers: dict[str, list[bytearray]] = {}
+    for rank, shard in reader.shards.items():
+        for index, piece in enumerate(shard.pieces):
+            for chunk in reader.chunks(rank, index):
+                data = bytearray(chunk.size_bytes)
+                buffers.setdefault(piece.fqn, []).append(data)
+                wanted.append((rank, index, chunk.index, memoryview(data)))
+    return wanted, buffers
+
+
+class TestBatches:
+    """Many chunks at once: neighbours share a request, and every rule of a single read still holds."""
+
+    def test_neighbouring_frames_share_a_request_when_they_come_from_a_remote(self, house: House) -> None:
+        with house.open(local=False) as reader:
+            house.blobs[0].requests.clear()
+            wanted, buffers = batch_of(reader)
+            assert set(reader.read_batch(wanted)) == {"s3"}
+            for name, data in expected(house.state).items():
+                assert b"".join(buffers.get(name, [])) == data
+        packs = {request.key for request in house.blobs[0].requests if "/packs/" in request.key}
+        gets = [request for request in house.blobs[0].requests if request.op == "get" and "/packs/" in request.key]
+        assert len(wanted) > 4 * len(packs)
+        assert len(gets) == len(packs), "one ranged GET per pack: all of its frames are neighbours"
+
+    def test_only_the_damaged_chunks_are_fetched_when_the_rest_is_local(self, house: House) -> None:
+        house.flip_local("layer1.weight", rank=1)
+        house.flip_local("layer3.weight", rank=0)
+        with house.open() as reader:
+            wanted, buffers = batch_of(reader)
+            sources = reader.read_batch(wanted)
+            assert (sources.count("s3"), sources.count("local")) == (2, len(wanted) - 2)
+            for name, data in expected(house.state).items():
+                assert b"".join(buffers.get(name, [])) == data
+            assert reader.repaired == ("__0_0.distcp", "__1_0.distcp")
+
+    def test_next_remote_gives_what_the_first_has_damaged_when_the_rest_is_whole(self, house: House) -> None:
+        house.flip_remote(0, "layer2.weight")
+        with house.open(local=False) as reader:
+            wanted, buffers = batch_of(reader)
+            sources = reader.read_batch(wanted)
+            assert (sources.count("oss"), sources.count("s3")) == (1, len(wanted) - 1)
+            assert b"".join(buffers["layer2.weight"]) == expected(house.state)["layer2.weight"]
+
+    def test_a_remote_that_went_away_is_asked_once_when_another_has_the_bytes(self, house: House) -> None:
+        def refuse(request: Request) -> None:
+            if "/packs/" in request.key:
+                raise TransientError("gone")
+
+        with house.open(local=False) as reader:
+            house.blobs[0].before = refuse
+            house.blobs[0].requests.clear()
+            wanted, _ = batch_of(reader)
+            for one in wanted:
+                assert reader.read_batch([one]) == ["oss"]
+        assert len([r for r in house.blobs[0].requests if "/packs/" in r.key]) == 1
+
+    def test_the_tensor_is_named_when_no_copy_of_one_chunk_is_good(self, house: House) -> None:
+        for number in (0, 1):
+            house.flip_remote(number, "layer0.weight", rank=1)
+        with house.open(local=False) as reader:
+            wanted, _ = batch_of(reader)
+            with pytest.raises(IntegrityError, match=r"layer0\.weight"):
+                reader.read_batch(wanted)

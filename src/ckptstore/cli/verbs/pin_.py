@@ -1,0 +1,29 @@
+"""`ckptctl pin`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptstore.cli.opened import opened
+from ckptstore.cli.options import Settings, verb
+from ckptstore.cli.output import plain, print_json
+from ckptstore.ops.lifecycle import pin
+
+
+@verb()
+@click.argument("steps", metavar="STEP...", nargs=-1, required=True)
+def command(settings: Settings, steps: tuple[str, ...]) -> None:
+    """Keep checkpoints whatever retention says, in every tier that has them.
+
+    \b
+    Examples:
+      ckptctl -s /data/ckpt pin 1200
+      ckptctl -s /data/ckpt --remote s3://bucket/prefix pin best latest
+    """
+    with opened(settings, with_remote=True) as place:
+        actions = pin(place.tiers(place.choose_run(settings.run)), steps)
+    if settings.as_json:
+        print_json(actions=[action.to_json() for action in actions])
+        return
+    for action in actions:
+        print(plain(f"step {action.step}: pinned on {action.tier} (it was {action.why})"))

@@ -1,0 +1,63 @@
+"""Copying while forward and backward run, and holding the next ``optimizer.step`` until the copy is done."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+
+class Steps(Protocol):
+    """What the fence uses of an optimizer."""
+
+    def register_step_pre_hook(self, hook: Callable[..., None]) -> Any: ...
+
+
+class Fence:
+    """The copy that is under way, if any, and the optimizers that wait for it.
+
+    Only with a guarded optimizer is anything copied in the background: without one, nobody would hold the next step,
+    and the snapshot would mix two of them.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._copying: Future[None] | None = None
+        self._guarded: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self.is_wanted = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether copies may go on in the background."""
+        return self.is_wanted and len(self._guarded) > 0
+
+    def guard(self, optimizer: Steps) -> None:
+        """From now on each step of this optimizer first waits for the copy. Once per optimizer."""
+        if optimizer not in self._guarded:
+            self._guarded.add(optimizer)
+            optimizer.register_step_pre_hook(lambda *_: self.wait())
+
+    def run(self, copy: Callable[[], None]) -> None:
+        """Start a copy; ``copy`` handles its own errors."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, thread_name_prefix="ckptstore-overlap")
+            self._copying = self._pool.submit(copy)
+
+    def wait(self) -> None:
+        """Return once no copy is under way."""
+        copying = self._copying
+        if copying is not None:
+            copying.result()
+            self._copying = None
+
+    def close(self) -> None:
+        """Wait, and let the thread go."""
+        self.wait()
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None

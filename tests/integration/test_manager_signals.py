@@ -1,0 +1,266 @@
+"""Signals and exceptions: within the grace there is an emergency checkpoint or the previous one, and never a hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import manager
+
+JOB = Path(__file__).parents[1] / "support" / "job.py"
+#: The normal suite takes a small part; CKPTSTORE_TEST_SCALE=10 takes ten times as many rounds.
+SCALE = float(os.environ.get("CKPTSTORE_TEST_SCALE", "1"))
+START_S = 60
+
+
+class Job:
+    """A job as a process; reads what it says."""
+
+    def __init__(self, folder: Path, *options: str, group: bool = False) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", str(JOB), str(folder), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=group,
+        )
+
+    def until(self, word: str, **facts: Any) -> dict[str, Any]:
+        """The facts of the first line with this word, and these facts."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            said, _, rest = line.partition(" {")
+            found: dict[str, Any] = json.loads("{" + rest)
+            if said == word and facts.items() <= found.items():
+                return found
+        raise AssertionError(f"ended without {word!r}: {self.process.stderr.read() if self.process.stderr else ''}")
+
+    def send(self, name: str) -> float:
+        self.process.send_signal(getattr(signal, name))
+        return time.monotonic()
+
+    def end(self, timeout_s: float = 20.0) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, out, err
+
+
+@contextmanager
+def job(folder: Path, *options: str, group: bool = False) -> Iterator[Job]:
+    started = Job(folder, *options, group=group)
+    try:
+        yield started
+    finally:
+        if started.process.poll() is None:
+            started.process.kill()
+            started.process.wait()
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """What a fresh job finds; its state must be that of its step, in every element."""
+    with job(folder, "--steps", "0") as fresh:
+        found = fresh.until("ready")
+        fresh.end()
+    assert found["values"] == [float(found["step"])]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", -signal.SIGINT)], ids=str
+)
+def test_a_signal_ends_in_an_emergency_checkpoint(tmp_path: Path, name: str, code: int) -> None:
+    with job(tmp_path, "--every", "1000") as running:
+        running.until("step", step=10)
+        running.send(name)
+        returncode, _, err = running.end()
+    assert returncode == code, err
+    found = resumed(tmp_path)
+    assert found["emergency"]
+    assert found["step"] > 10
+    assert f"{name} at step {found['step']}: safe: local {found['step']}; continue with: " in err
+    if name == "SIGINT":
+        assert "press Ctrl-C again" in err
+
+
+@pytest.mark.parametrize("then", ["sleep", "c"])
+def test_the_job_ends_with_the_previous_checkpoint_when_no_step_comes_within_the_grace(
+    tmp_path: Path, then: str
+) -> None:
+    with job(tmp_path, "--at", "12", "--then", then, "--grace", "1") as running:
+        running.until("local", step=10)
+        running.until("then")
+        sent = running.send("SIGTERM")
+        returncode, _, err = running.end(10)
+        assert time.monotonic() - sent < 4
+    assert returncode == 143
+    assert "no step came within 1 s; safe: local 10" in err
+    assert resumed(tmp_path)["step"] == 10
+
+
+def test_the_second_interrupt_acts_at_once(tmp_path: Path) -> None:
+    with job(tmp_path, "--at", "12", "--then", "sleep", "--grace", "30") as running:
+        running.until("then")
+        running.send("SIGINT")
+        time.sleep(0.3)
+        assert running.process.poll() is None
+        sent = running.send("SIGINT")
+        returncode, _, err = running.end(10)
+        assert time.monotonic() - sent < 5
+    assert returncode == -signal.SIGINT
+    assert "interrupted: saving after this step" in err
+
+
+def test_a_repeated_sigterm_changes_nothing(tmp_path: Path) -> None:
+    with job(tmp_path, "--every", "1000", "--elements", "4000000") as running:
+        running.until("step", step=5)
+        for _ in range(5):
+            running.send("SIGTERM")
+            time.sleep(0.02)
+        returncode, _, err = running.end()
+    assert returncode == 143, err
+    assert resumed_of(tmp_path, "4000000")["emergency"]
+
+
+def resumed_of(folder: Path, elements: str) -> dict[str, Any]:
+    with job(folder, "--steps", "0", "--elements", elements) as fresh:
+        found = fresh.until("ready")
+        fresh.end()
+    assert found["values"] == [float(found["step"])]
+    return found
+
+
+def test_a_users_handler_is_called_and_given_back(tmp_path: Path) -> None:
+    with job(tmp_path, "--own-handler", "--every", "1000") as running:
+        running.until("step", step=5)
+        running.send("SIGTERM")
+        assert running.until("own handler") == {"number": 15}
+        assert running.end()[0] == 143
+    with job(tmp_path / "other", "--own-handler", "--at", "6") as running:
+        assert running.until("done") == {"restored": True}
+        assert running.end()[0] == 0
+
+
+def test_a_forked_child_dies_of_its_own_sigterm_and_the_job_goes_on(tmp_path: Path) -> None:
+    with job(tmp_path, "--at", "6", "--then", "child", "--steps", "20") as running:
+        assert running.until("child") == {"code": -signal.SIGTERM}
+        running.until("done")
+        assert running.end()[0] == 0
+
+
+def test_a_signal_to_the_whole_group_saves_when_it_takes_loader_workers_down(tmp_path: Path) -> None:
+    with job(tmp_path, "--workers", "2", "--every", "1000", group=True) as running:
+        running.until("step", step=10)
+        os.killpg(running.process.pid, signal.SIGTERM)
+        returncode, _, err = running.end()
+    assert returncode == 143, err
+    assert resumed(tmp_path)["step"] >= 10
+
+
+def test_an_exception_saves_the_last_step(tmp_path: Path) -> None:
+    with job(tmp_path, "--every", "1000", "--at", "7", "--then", "raise") as running:
+        returncode, _, err = running.end(60)
+    assert returncode == 1
+    assert "the loss exploded" in err, "the exception itself is never hidden"
+    assert "ValueError after step 7: safe: local 7" in err
+    found = resumed(tmp_path)
+    assert (found["step"], found["emergency"]) == (7, True)
+
+
+def test_nothing_is_saved_on_an_exception_when_told_so(tmp_path: Path) -> None:
+    with job(tmp_path, "--at", "7", "--then", "raise", "--no-save-on-exception") as running:
+        assert running.end(60)[0] == 1
+    assert resumed(tmp_path)["step"] == 5
+
+
+def test_a_state_torn_in_the_middle_of_a_step_is_never_saved(tmp_path: Path) -> None:
+    with job(tmp_path, "--break-at", "8") as running:
+        returncode, _, err = running.end(60)
+    assert returncode == 1
+    assert "in the middle of an optimizer step: not saved; safe: local 5" in err
+    assert resumed(tmp_path)["step"] == 5
+
+
+def test_a_signal_while_uploads_are_awaited_ends_the_wait(tmp_path: Path) -> None:
+    bucket = tmp_path / "bucket"
+    bucket.write_text("in the way")
+    with job(tmp_path / "s", "--at", "5", "--remote", f"file://{bucket}", "--grace", "2") as running:
+        running.until("local", step=5)
+        time.sleep(0.5)
+        sent = running.send("SIGTERM")
+        returncode, _, _ = running.end(10)
+        assert time.monotonic() - sent < 5
+    assert returncode in (143, 1)
+    assert resumed(tmp_path / "s")["step"] == 5
+
+
+def test_signals_are_left_alone_in_another_thread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work() -> None:
+        with manager(tmp_path).track(w=torch.zeros(1)) as m:
+            m.save_checkpoint(global_step=1)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "in another thread than the main one" in caplog.text
+
+
+def test_handlers_and_wakeup_descriptor_are_as_before_when_the_block_is_left(tmp_path: Path) -> None:
+    names = ("SIGTERM", "SIGINT", "SIGUSR1")
+    before = [signal.getsignal(getattr(signal, n)) for n in names]
+    fds = len(os.listdir("/proc/self/fd"))
+    with manager(tmp_path):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(getattr(signal, n)) for n in names] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_at_most_one_interval_is_lost_when_the_job_is_killed_at_a_random_moment(tmp_path: Path) -> None:
+    dice = random.Random(1)
+    for round_number in range(max(1, round(4 * SCALE))):
+        folder = tmp_path / str(round_number)
+        with job(folder, "--step-seconds", "0.004", "--elements", "50000") as running:
+            running.until("local")
+            time.sleep(dice.uniform(0, 0.5))
+            running.process.kill()
+            out = running.end()[1]
+        said = [json.loads(line.partition(" ")[2])["step"] for line in out.splitlines() if line.startswith("step ")]
+        reached = max(said, default=5)
+        with job(folder, "--steps", "0", "--elements", "50000") as fresh:
+            found = fresh.until("ready")
+            fresh.end()
+        assert found["values"] == [float(found["step"])]
+        assert reached - found["step"] <= 5, f"round {round_number}: was at {reached}, resumed {found['step']}"
+
+
+def test_sigterm_at_a_random_moment_leaves_an_emergency_or_the_previous_checkpoint(tmp_path: Path) -> None:
+    dice = random.Random(2)
+    for round_number in range(max(1, round(4 * SCALE))):
+        folder = tmp_path / str(round_number)
+        with job(folder, "--step-seconds", "0.004", "--elements", "50000", "--grace", "5") as running:
+            running.until("local")
+            time.sleep(dice.uniform(0, 0.5))
+            sent = running.send("SIGTERM")
+            returncode, out, err = running.end(15)
+            assert time.monotonic() - sent < 6.5, err
+        assert returncode == 143, err
+        said = [json.loads(line.partition(" ")[2])["step"] for line in out.splitlines() if line.startswith("step ")]
+        with job(folder, "--steps", "0", "--elements", "50000") as fresh:
+            found = fresh.until("ready")
+            fresh.end()
+        assert found["values"] == [float(found["step"])]
+        assert found["emergency"] or found["step"] >= max(said, default=5) - 5

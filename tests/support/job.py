@@ -1,0 +1,123 @@
+"""A training script to be killed in: ``python job.py FOLDER [--option]``. Says where it is on stdout, a line each.
+
+The steps are slow enough to be hit and the state is checked: the weight is the step number, in every element.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import signal
+import sys
+import time
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ckptstore import CheckpointManager, StoreConfig
+
+
+def say(word: str, **facts: object) -> None:
+    print(word, json.dumps(facts), flush=True)
+
+
+class Count(torch.optim.Optimizer):
+    """Adds one to every element: a state that tells which step it is of."""
+
+    def __init__(self, model: nn.Module, break_at: int) -> None:
+        super().__init__(model.parameters(), {})
+        self.break_at = break_at
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for number, parameter in enumerate(self.param_groups[0]["params"]):
+                if number == 1 and self.state.setdefault(parameter, {}).get("n", 0) + 1 == self.break_at:
+                    raise RuntimeError("broke in the middle of a step")
+                parameter.add_(1.0)
+                self.state.setdefault(parameter, {}).setdefault("n", 0)
+                self.state[parameter]["n"] += 1
+
+
+def stuck_in_c() -> None:
+    """As a collective whose peer is gone: no Python runs in this thread any more."""
+    libc = ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(128)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--step-seconds", type=float, default=0.01)
+    parser.add_argument("--every", type=int, default=5)
+    parser.add_argument("--grace", type=float, default=5.0)
+    parser.add_argument("--elements", type=int, default=1000)
+    parser.add_argument("--remote")
+    parser.add_argument("--at", type=int, default=0, help="step after which --then happens")
+    parser.add_argument("--then", choices=["sleep", "c", "raise", "child", "end"], default="end")
+    parser.add_argument("--break-at", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--own-handler", action="store_true")
+    parser.add_argument("--no-save-on-exception", action="store_true")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    model = nn.ParameterList([torch.zeros(args.elements), torch.zeros(args.elements)])
+    optimizer = Count(model, args.break_at)
+    if args.own_handler:
+        signal.signal(signal.SIGTERM, lambda number, frame: say("own handler", number=number))
+    before = signal.getsignal(signal.SIGTERM)
+    manager = CheckpointManager(
+        args.folder,
+        remote=args.remote,
+        save_every_steps=args.every,
+        save_every_seconds=0,
+        grace_seconds=args.grace,
+        keep_last=3,
+        keep_best=0,
+        config=StoreConfig(agent_idle_exit_seconds=2.0),
+        save_on_exception=not args.no_save_on_exception,
+    )
+    manager.track(model=model, optimizer=optimizer)
+    point = manager.resume()
+    values = {float(p.min()) for p in model} | {float(p.max()) for p in model}
+    say("ready", step=point.step, values=sorted(values), emergency=bool(point.info and point.info.emergency))
+    data = TensorDataset(torch.zeros(1 << 16))
+    batches = iter(DataLoader(data, batch_size=1, num_workers=args.workers) if args.workers else [None] * (1 << 30))
+    with manager:
+        for step in range(point.step + 1, args.steps + 1):
+            next(batches)
+            time.sleep(args.step_seconds)
+            optimizer.step()
+            handle = manager.step(step)
+            if handle is not None:
+                handle.local.add_done_callback(lambda f, s=step: None if f.exception() else say("local", step=s))
+            if step % 5 == 0:
+                say("step", step=step)
+            if step == args.at:
+                say("then", step=step)
+                if args.then == "sleep":
+                    time.sleep(60)
+                elif args.then == "c":
+                    stuck_in_c()
+                elif args.then == "raise":
+                    raise ValueError("the loss exploded")
+                elif args.then == "child":
+                    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+                    child.start()
+                    child.terminate()
+                    child.join(5)
+                    say("child", code=child.exitcode)
+                else:
+                    break
+    say("done", restored=signal.getsignal(signal.SIGTERM) is before)
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)
