@@ -236,3 +236,13 @@ def test_torch_and_sdks_are_not_imported_by_list(folder: Path) -> None:
         [sys.executable, "-c", code, str(folder / "store")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_show_timing_tells_where_the_time_went(folder: Path) -> None:
+    text = ckptctl("-s", folder / "store", "show", "200", "--timing")
+    assert text.code == 0
+    for stage in ("copy into the arena", "bind the state", "write and fsync", "rename"):
+        assert stage in text.out
+    timing = ckptctl("-s", folder / "store", "show", "200", "--json").json["timing"]
+    assert {"reserve", "plan", "copy"} <= set(timing["ranks"]["0"])
+    assert timing["write"] > 0

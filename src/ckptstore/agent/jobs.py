@@ -18,12 +18,12 @@ from ckptstore.agent.protocol import Event, SealRequest
 from ckptstore.agent.runtime import RuntimeDir
 from ckptstore.agent.uploader import Uploader, brief
 from ckptstore.agent.writer import Abandoned, Image, Written, write_part
-from ckptstore.clock import Clock, rfc3339
+from ckptstore.clock import Clock, parse_rfc3339, rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CheckpointNotFoundError, CkptError, ConfigError, SaveFailedError, StorageError
 from ckptstore.format.manifest import RootManifest, Summary, canonical
 from ckptstore.format.stock import Layout, PieceSpec
-from ckptstore.repo import commit, names
+from ckptstore.repo import commit, names, timings
 from ckptstore.repo.local import LocalTier
 
 log = logging.getLogger("ckptstore.agent")
@@ -215,6 +215,11 @@ class RunJobs:
                 self.failures += 1
             for attachment in self.attached:
                 attachment.send(event)
+        if event.kind == "remote":
+            data = event.data
+            lag = (self._clock.now() - parse_rfc3339(data["summary"]["created_at"])).total_seconds()
+            spans = {"lag": lag, "sent_bytes": data["sent_bytes"], "stored_bytes": data["stored_bytes"]}
+            timings.note(self._tier, self.run, event.save_id, {f"remote {data['remote']}": spans})
 
     # ------------------------------------------------------------------ sealing
 
@@ -385,6 +390,8 @@ class RunJobs:
         else:
             shards = [shard.model_dump(mode="json") for shard in written.shards]
             self.emit(Event("prepared", job.save_id, job.step, {"shards": shards}))
+        ranks = {str(rank): dict(part.request.spans) for rank, part in job.parts.items()}
+        timings.note(self._tier, self.run, job.save_id, {"ranks": ranks, **written.timing})
 
     def completed(self, root: RootManifest) -> None:
         """A save became complete in the local tier."""

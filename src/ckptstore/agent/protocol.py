@@ -90,6 +90,7 @@ class SealRequest:
         layout_id: of the arena the bytes were copied into.
         summary, tree, aliases: rank 0's.
         per_rank: encoded tree of this rank's own values.
+        spans: seconds this rank spent on the save, by stage; kept for `ckptctl show --timing`.
     """
 
     save_id: str
@@ -104,11 +105,13 @@ class SealRequest:
     tree: Json | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     per_rank: Json | None = None
+    spans: Mapping[str, Any] = field(default_factory=dict)
 
     def to_wire(self) -> Json:
         wire = {f.name: getattr(self, f.name) for f in fields(self)}
         wire["summary"] = None if self.summary is None else self.summary.model_dump(mode="json")
         wire["aliases"] = dict(self.aliases)
+        wire["spans"] = dict(self.spans)
         return wire
 
     @classmethod

@@ -16,6 +16,7 @@ def opened(settings: Settings, *, with_remote: bool = False, must_exist: bool = 
     store = settings.store_or_environment
     if store is None:
         raise ConfigError("no store named", hint="give STORE, or set CKPTSTORE_LOCAL or CKPTSTORE_REMOTE")
+    settings.run = settings.run_or_environment
     remote = settings.remote
     if remote is None and with_remote and not is_url(store):
         remote = settings.remote_or_environment

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,13 +25,24 @@ class Settings:
 
     @property
     def store_or_environment(self) -> str | None:
-        """The STORE given, else CKPTSTORE_LOCAL, else CKPTSTORE_REMOTE."""
-        return self.store or os.environ.get("CKPTSTORE_LOCAL") or os.environ.get("CKPTSTORE_REMOTE")
+        """The STORE given, else ``local``, else ``remote``, of environment or ckptstore.toml."""
+        return self.store or self._source("local") or self._source("remote")
 
     @property
     def remote_or_environment(self) -> str | None:
-        """The remote given, else CKPTSTORE_REMOTE."""
-        return self.remote or os.environ.get("CKPTSTORE_REMOTE")
+        """The remote given, else that of environment or ckptstore.toml."""
+        return self.remote or self._source("remote")
+
+    @property
+    def run_or_environment(self) -> str | None:
+        """The run given, else that of environment or ckptstore.toml."""
+        return self.run or self._source("run")
+
+    @staticmethod
+    def _source(name: str) -> str | None:
+        from ckptstore.ops.settings import Settings as Sources
+
+        return Sources.read().get(name)
 
 
 _OPTIONS = [

@@ -5,6 +5,6 @@ Must not know: files, manifests, remotes, torch.
 """
 
 from ckptstore.codec.base import CHUNK_BYTES, MAX_CHUNK_BYTES, Buffer, CodecName, Encoded
-from ckptstore.codec.chain import decode, encode
+from ckptstore.codec.chain import decode, derive, encode, rounded
 
-__all__ = ["CHUNK_BYTES", "MAX_CHUNK_BYTES", "Buffer", "CodecName", "Encoded", "decode", "encode"]
+__all__ = ["CHUNK_BYTES", "MAX_CHUNK_BYTES", "Buffer", "CodecName", "Encoded", "decode", "derive", "encode", "rounded"]

@@ -52,8 +52,8 @@ def encode(
     check = xxhash.xxh3_64_intdigest(data.data)
     if not compress or not len(data):
         return _raw(data, check)
-    if dtype == "bfloat16" and master is not None and _is_rounded(data, _bytes(master)):
-        return Encoded("derived", build("derived", word_bytes=2, size_bytes=len(data), check=check, planes=()))
+    if dtype == "bfloat16" and master is not None and (derived := _derived(data, _bytes(master), check)) is not None:
+        return derived
     if len(data) < _SMALL_BYTES:
         return _raw(data, check)
     width = FLOAT_BYTES.get(dtype)
@@ -70,6 +70,19 @@ def encode(
     if old is None and _may_repeat(numbers, traits):
         return min(best, _opaque(data, check), key=lambda e: len(e.frame))
     return best
+
+
+def derive(plain: Buffer, master: Buffer) -> Encoded | None:
+    """The frame of a bf16 chunk that is its fp32 ``master`` rounded, bit for bit; None if it isn't."""
+    data = _bytes(plain)
+    return _derived(data, _bytes(master), xxhash.xxh3_64_intdigest(data.data))
+
+
+def rounded(master: Buffer) -> bytes:
+    """The bf16 numbers that a derived frame gives back for this fp32 ``master``."""
+    out = np.empty(len(_bytes(master)) // 2, np.uint8)
+    _round(out, master)
+    return out.tobytes()
 
 
 def decode(frame: Buffer, *, size_bytes: int, base: Buffer | None = None, out: memoryview | None = None) -> memoryview:
@@ -140,9 +153,11 @@ def _may_repeat(numbers: Words, traits: list[measure.Trait]) -> bool:
     return numbers.itemsize >= 4 and measure.distinct(numbers[measure.positions(len(numbers))]) < _DISTINCT
 
 
-def _is_rounded(data: Bytes, master: Bytes) -> bool:
-    fits = len(data) % 2 == 0 and len(master) == 2 * len(data)
-    return fits and words.equals_rounded(data.view("<u2"), master.view("<u4"))
+def _derived(data: Bytes, master: Bytes, check: int) -> Encoded | None:
+    fits = len(data) and len(data) % 2 == 0 and len(master) == 2 * len(data)
+    if not fits or not words.equals_rounded(data.view("<u2"), master.view("<u4")):
+        return None
+    return Encoded("derived", build("derived", word_bytes=2, size_bytes=len(data), check=check, planes=()))
 
 
 def _measure(numbers: Words, old: Words | None, lags: tuple[int, ...]) -> tuple[Words | None, list[measure.Trait]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptstore.ops.open import Place, RunTiers
 from ckptstore.ops.transfer import stored_bytes
+from ckptstore.repo import timings
 from ckptstore.repo.catalog import Record
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.types import CheckpointInfo, StepLike
@@ -52,6 +53,7 @@ class Details:
     tensors: tuple[TensorRow, ...]
     versions: dict[str, str]
     num_nodes: int
+    timing: dict[str, Any]
 
 
 def show_checkpoint(tiers: RunTiers, step: StepLike, *, only: str | None = None) -> Details:
@@ -62,8 +64,9 @@ def show_checkpoint(tiers: RunTiers, step: StepLike, *, only: str | None = None)
     if only:
         rows = [row for row in rows if fnmatch.fnmatchcase(row.name, only)]
     summary = record.summary
+    timing = timings.read(tiers.local, tiers.run, record.save_id) if tiers.local is not None else {}
     info = replace(record.info(), stored_bytes=stored_bytes(tiers.remotes, record))
-    return Details(info, tuple(sorted(rows, key=lambda r: r.name)), dict(summary.versions), summary.num_nodes)
+    return Details(info, tuple(sorted(rows, key=lambda r: r.name)), dict(summary.versions), summary.num_nodes, timing)
 
 
 def _tensors(reader: CheckpointReader) -> list[TensorRow]:

@@ -219,6 +219,7 @@ class LocalTier:
             os.rename(path, condemned)
             durable.fsync_parent(condemned)
             remove_checkpoint(condemned)
+            (self.run_path(run) / names.TIMINGS / f"{save_id}.json").unlink(missing_ok=True)
         except OSError as error:
             raise_for_errno(error, f"can't delete save {save_id}", run=run, save_id=save_id)
 

@@ -26,6 +26,7 @@ SUMMARY = "summary.json"
 STOCK_METADATA = ".metadata"
 TIMELINES = "timelines"
 PINS = "pins"
+TIMINGS = "timings"
 
 _RUN = re.compile(RUN_PATTERN)
 _SAVE_ID = re.compile(SAVE_ID_PATTERN)

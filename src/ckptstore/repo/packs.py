@@ -1,7 +1,8 @@
 """Chunks, frames and packs: where they lie and what bounds them.
 
 A *chunk* is a slice of a piece in a shard file; a *frame* is that chunk as encoded; a *pack* is an immutable object of
-frames back to back. Everything here is arithmetic over documents that may have been tampered with, so nothing is read,
+frames back to back. A frame may rest on another one: a delta on a full frame, a derived one on its fp32 master's frame,
+full or delta; never on more. So a chain has three frames at most, and deltas never rest on deltas. Everything here is arithmetic over documents that may have been tampered with, so nothing is read,
 allocated or seeked to before it was bounded.
 """
 
@@ -11,13 +12,18 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ckptstore.codec.base import MAX_CHUNK_BYTES
+from ckptstore.codec.base import CODECS, MAX_CHUNK_BYTES
 from ckptstore.errors import FormatError
 from ckptstore.format.dtypes import itemsize
 from ckptstore.format.manifest import SAVE_ID_PATTERN, Frame, RemoteShard, ShardManifest
 
 #: A frame is never larger than its chunk by more: what doesn't shrink is stored raw behind a short header.
 FRAME_SLACK_BYTES = 4096
+
+#: What a frame may rest on, by its codec: the codecs of its base, and how many times its plain bytes the base has.
+#: The others are *full*: they rest on nothing.
+FULL = ("raw", "zstd", "planes")
+_RESTS_ON: dict[str, tuple[tuple[str, ...], int]] = {"delta": (FULL, 1), "derived": ((*FULL, "delta"), 2)}
 
 #: Adjacent frames are fetched in one request of at most this many bytes ...
 RANGE_BYTES = 16 << 20
@@ -87,6 +93,13 @@ class PlacedFrame:
     name: str
     base: PlacedFrame | None = None
 
+    def chain(self) -> Iterator[PlacedFrame]:
+        """This frame, what it rests on, and so on down to a full frame: all that is read to decode it."""
+        part: PlacedFrame | None = self
+        while part is not None:
+            yield part
+            part = part.base
+
 
 def placed(document: RemoteShard, frame: Frame) -> PlacedFrame:
     """``frame`` of this document with its pack's key."""
@@ -149,12 +162,7 @@ def check_remote_shard(document: RemoteShard) -> None:
         if pack_owner(key) is None:
             raise FormatError(f"{what}: {key[:80]!r} is not the name of a pack", rank=document.shard.rank)
     for frame in document.frames:
-        for part in (frame, frame.base) if frame.base is not None else (frame,):
-            limit = min(part.size_bytes, MAX_CHUNK_BYTES) + FRAME_SLACK_BYTES
-            if part.pack >= len(document.packs) or part.size_bytes > MAX_CHUNK_BYTES or part.length > limit:
-                raise FormatError(f"{what}: a frame is out of bounds", rank=document.shard.rank)
-        if frame.base is not None and frame.base.base is not None:
-            raise FormatError(f"{what}: the base of a frame has a base itself", rank=document.shard.rank)
+        _check_frame(frame, len(document.packs), what)
     wanted = chunks_of(document.shard)
     if [len(row) for row in document.chunks] != [len(row) for row in wanted]:
         raise FormatError(f"{what}: it does not have one frame per chunk", rank=document.shard.rank)
@@ -162,6 +170,21 @@ def check_remote_shard(document: RemoteShard) -> None:
         for index, chunk in zip(row, chunks, strict=True):
             if not 0 <= index < len(document.frames) or document.frames[index].size_bytes != chunk.size_bytes:
                 raise FormatError(f"{what}: a chunk points at a frame that can't be its own", rank=document.shard.rank)
+
+
+def _check_frame(frame: Frame, num_packs: int, what: str) -> None:
+    """One frame and, since it only goes down to smaller chains, all it rests on."""
+    limit = min(frame.size_bytes, MAX_CHUNK_BYTES) + FRAME_SLACK_BYTES
+    if frame.pack >= num_packs or frame.size_bytes > MAX_CHUNK_BYTES or frame.length > limit:
+        raise FormatError(f"{what}: a frame is out of bounds")
+    if frame.codec not in CODECS:
+        raise FormatError(f"{what}: unknown codec {frame.codec[:20]!r}", hint="upgrade ckptstore")
+    allowed, times = _RESTS_ON.get(frame.codec, ((), 0))
+    if frame.base is None and not allowed:
+        return
+    if frame.base is None or frame.base.codec not in allowed or frame.base.size_bytes != times * frame.size_bytes:
+        raise FormatError(f"{what}: a {frame.codec} frame can't rest on what it says it does")
+    _check_frame(frame.base, num_packs, what)
 
 
 @dataclass(frozen=True)

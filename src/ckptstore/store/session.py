@@ -7,8 +7,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class _Call:
     epoch: int | None
     summary: Summary | None = None
     generation: int | None = None
+    spans: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -258,23 +260,25 @@ class Session:
         call = _Call(step, f"{self.job}-{self._counter}", epoch)
         error: CkptError | None = None
         try:
-            self.fence.wait()
-            self._raise_earlier_failure()
-            self.reconnect()
-            call.summary = self._summary(call, metrics, tags, emergency)
-            if self._plan is not None:
-                self._reserve(call, self._plan)
+            with _timed(call.spans, "reserve"):
+                self.fence.wait()
+                self._raise_earlier_failure()
+                self.reconnect()
+                call.summary = self._summary(call, metrics, tags, emergency)
+                if self._plan is not None:
+                    self._reserve(call, self._plan)
         except CkptError as failure:
             error = failure
         try:
-            prepared = self._preparer.prepare(
-                state,
-                step=step if isinstance(step, int) else -1,
-                counter=self._counter,
-                flags={"busy": self._plan is not None and call.generation is None},
-                error=error,
-            )
-            is_busy = self._lay_out(call, prepared.plan) if prepared.is_new_plan else "busy" in prepared.flags
+            with _timed(call.spans, "plan"):
+                prepared = self._preparer.prepare(
+                    state,
+                    step=step if isinstance(step, int) else -1,
+                    counter=self._counter,
+                    flags={"busy": self._plan is not None and call.generation is None},
+                    error=error,
+                )
+                is_busy = self._lay_out(call, prepared.plan) if prepared.is_new_plan else "busy" in prepared.flags
             if is_busy:
                 self._release(call)
                 return self._skipped(call)
@@ -347,13 +351,17 @@ class Session:
         )
         if self._relay is not None:
             self._relay.watch(call.save_id)
+        spans = call.spans
+        if binding.slow_path is not None:
+            spans["slow_path"] = binding.slow_path
         generation, call.generation = call.generation, None
         image = self._arena.generations[generation]
 
         def finish(kinds: frozenset[Kind] | None) -> None:
             try:
-                stage.copy(binding, image, threads, kinds)
-                self.client.seal(generation, request)
+                with _timed(spans, "copy"):
+                    stage.copy(binding, image, threads, kinds)
+                self.client.seal(generation, replace(request, spans=spans))
             except (CkptError, RuntimeError, MemoryError) as error:
                 # Peers learn it from their agent, or through the relay; this rank trains on.
                 failure = error if isinstance(error, CkptError) else SaveFailedError(f"copying failed: {error}")
@@ -493,6 +501,16 @@ def read_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | str]:
                 f"metric {name!r} is not one number but {type(value).__name__}", hint="pass a float", key=str(name)
             ) from None
     return result
+
+
+@contextmanager
+def _timed(spans: dict[str, Any], name: str) -> Iterator[None]:
+    """Note the seconds of the body under ``name``."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        spans[name] = spans.get(name, 0.0) + time.perf_counter() - began
 
 
 def _copy_threads() -> int:

@@ -155,7 +155,7 @@ class BlobStoreTests:
     def test_exactly_one_writer_wins_when_many_put_if_absent(self, store: BlobStore) -> None:
         if not store.capabilities.conditional_put:
             pytest.skip("this store can't create atomically, and says so")
-        for attempt in range(5):
+        for attempt in range(3):
             start = threading.Barrier(8)
 
             def write(writer: int, key: str = f"race-{attempt}", start: threading.Barrier = start) -> bool:

@@ -6,21 +6,23 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, verb
-from ckptstore.cli.output import human_age, human_bytes, plain, print_json, print_table
+from ckptstore.cli.output import human_age, human_bytes, note, plain, print_json, print_table
 from ckptstore.clock import rfc3339
-from ckptstore.ops.listing import show_checkpoint
+from ckptstore.ops.listing import Details, show_checkpoint
 
 
 @verb()
 @click.argument("step", default="latest")
 @click.option("--only", metavar="GLOB", help="Only tensors whose name matches.")
-def command(settings: Settings, step: str, only: str | None) -> None:
+@click.option("--timing", is_flag=True, help="Where the time of this save went.")
+def command(settings: Settings, step: str, only: str | None, timing: bool) -> None:
     """Show one checkpoint: where it is, what made it, and every tensor in it.
 
     \b
     Examples:
       ckptctl -s /data/ckpt show latest
       ckptctl -s /data/ckpt show 1200 --only 'model.*' --json
+      ckptctl -s /data/ckpt show latest --timing
     """
     with opened(settings) as place:
         details = show_checkpoint(place.tiers(place.choose_run(settings.run)), step, only=only)
@@ -29,7 +31,11 @@ def command(settings: Settings, step: str, only: str | None) -> None:
         print_json(
             checkpoint={**info.to_json(), "versions": details.versions, "num_nodes": details.num_nodes},
             tensors=[row.to_json() for row in details.tensors],
+            timing=details.timing,
         )
+        return
+    if timing:
+        _print_timing(details)
         return
     facts = [
         ("run", info.run),
@@ -59,3 +65,35 @@ def command(settings: Settings, step: str, only: str | None) -> None:
         ],
         right=frozenset({"SIZE"}),
     )
+
+
+_STAGES = {
+    "reserve": "wait for a free arena generation",
+    "plan": "bind the state and agree with the other ranks",
+    "copy": "copy into the arena",
+    "write": "write and fsync the shard files",
+    "commit": "manifests, fsync, rename",
+}
+
+
+def _print_timing(details: Details) -> None:
+    """A line per stage: what held training first, then what happened behind it."""
+    timing = details.timing
+    if not timing:
+        note("no timing is known: it is kept in the local tier of the node that saved")
+        return
+    rows = [
+        [
+            f"rank {rank}",
+            _STAGES.get(stage, stage),
+            f"{seconds * 1e3:.1f} ms" if isinstance(seconds, float) else seconds,
+        ]
+        for rank, spans in sorted(timing.get("ranks", {}).items(), key=lambda item: int(item[0]))
+        for stage, seconds in sorted(spans.items(), key=lambda item: [*_STAGES, item[0]].index(item[0]))
+    ]
+    rows += [["agent", _STAGES[s], f"{timing[s] * 1e3:.1f} ms"] for s in ("write", "commit") if s in timing]
+    for name, spans in timing.items():
+        if name.startswith("remote "):
+            rows.append([name, "from the call to the commit there", f"{spans['lag']:.2f} s"])
+            rows.append([name, "sent", human_bytes(spans["sent_bytes"])])
+    print_table(["WHO", "STAGE", "TIME"], rows, right=frozenset({"TIME"}))

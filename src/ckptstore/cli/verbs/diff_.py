@@ -1,0 +1,80 @@
+"""`ckptctl diff`."""
+
+from __future__ import annotations
+
+import fnmatch
+
+import click
+
+from ckptstore.cli.opened import opened
+from ckptstore.cli.options import Settings, verb
+from ckptstore.cli.output import human_bytes, plain, print_json, print_table
+from ckptstore.errors import ConfigError
+
+_MARKS = {"unchanged": "=", "changed": "~", "added": "+", "removed": "-", "retyped": "!"}
+
+
+@verb()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B", default="latest")
+@click.option("--only", metavar="GLOB", help="Only tensors whose name matches.")
+@click.option("--norms", is_flag=True, help="Read what changed, and say by how much (L2 norm of B - A).")
+@click.option("--all", "everything", is_flag=True, help="Also list what is unchanged.")
+def command(settings: Settings, a: str, b: str, only: str | None, norms: bool, everything: bool) -> None:
+    """Show what changed between two checkpoints, per parameter. RUN/STEP names one of another run.
+
+    Digests are compared; bytes are read only for --norms, or where the two were sharded differently.
+
+    \b
+    Examples:
+      ckptctl -s /data/ckpt diff 1200 1400
+      ckptctl -s /data/ckpt diff latest~1 latest --norms --only 'model.*'
+      ckptctl -s /data/ckpt diff bert/1200 bert-retry/1200
+    """
+    from ckptstore.ops.compare import Difference, compare
+    from ckptstore.repo.reader import CheckpointReader
+
+    with opened(settings, with_remote=True) as place:
+        readers, infos = [], []
+        for text in (a, b):
+            run, slash, step = text.rpartition("/")
+            tiers = place.tiers(place.choose_run(run if slash else settings.run))
+            record = tiers.catalog().resolve(step)
+            infos.append(record.info())
+            readers.append(CheckpointReader(record, tiers.local, tiers.remotes))
+        with readers[0], readers[1]:
+            changes = compare(readers[0], readers[1], norms=norms)
+            found = tuple(c for c in changes if only is None or fnmatch.fnmatchcase(c.name, only))
+    if only is not None and not found:
+        raise ConfigError(f"no tensor matches {only!r}", hint="`ckptctl show` lists the names")
+    difference = Difference(infos[0], infos[1], found)
+    counts = {state: difference.count(state) for state in _MARKS}
+    changed_bytes = sum(change.changed_bytes for change in found)
+    first = difference.first
+    if settings.as_json:
+        print_json(
+            a=infos[0].to_json(),
+            b=infos[1].to_json(),
+            changes=[change.to_json() for change in found],
+            counts=counts,
+            changed_bytes=changed_bytes,
+            first_difference=None if first is None else first.name,
+        )
+        return
+    rows = [
+        [_MARKS[c.state], c.name, c.dtype, human_bytes(c.size_bytes), human_bytes(c.changed_bytes)]
+        + ([_norm(c.norm), _norm(c.relative)] if norms else [])
+        for c in found
+        if everything or c.state != "unchanged"
+    ]
+    if rows:
+        headers = ["", "TENSOR", "DTYPE", "SIZE", "CHANGED"] + (["NORM", "RELATIVE"] if norms else [])
+        print_table(headers, rows, right=frozenset({"SIZE", "CHANGED", "NORM", "RELATIVE"}))
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    print(f"{told}; {human_bytes(changed_bytes)} differ")
+    if first is not None:
+        print(plain(f"first difference: {first.name} ({first.state})"))
+
+
+def _norm(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
