@@ -1,62 +1,331 @@
 """How long a save holds up training, and how long until it is on disk, against the peers, in one run.
 
-    python benchmarks/save.py [--mib 1536] [--rounds 5] [--threads 2] [--folder DIR]
+    python benchmarks/save.py [--mib 1536] [--rounds 5] [--threads 2] [--only large,small,ranks,training]
 
-One process, genuine AdamW training state (weights, gradients applied, both moments). Every round runs every contender
-once, in a shuffled order, so that drift of the machine hits all alike; figures are medians, ratios are of medians.
-``stall`` is the time the call holds the training thread; ``durable`` the time from the call until the bytes are fsynced
-(for stock DCP: until its own call or future is done, although a power cut still loses that result).
+Genuine AdamW training state (weights and both moments after real steps). In every round every contender saves once, in
+a shuffled order and between pauses, so that drift of the machine hits all alike; figures are medians, ratios are of
+medians. ``stall`` is how long the call holds the training thread; ``durable`` the time from the call until the bytes are
+fsynced (for stock DCP: until its own call or future is done, although a power cut still loses that result).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from ckptstore import CheckpointStore, __version__
+from ckptstore import CheckpointStore, StoreConfig, __version__
 
 RESULTS = Path(__file__).parent / "results" / "save.json"
+DEFAULT = "dcp.async_save, default"
+HELPERS = "state-dict helpers + dcp.async_save"
+
+Waiter = Callable[[], Any]
+Contender = Callable[[], Waiter]
 
 
-def training_state(mib: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A stack of transformer layers after three real AdamW steps; about ``mib`` MiB of weights and moments."""
+def large_model(mib: int) -> nn.Module:
+    """Transformer layers whose AdamW state is about ``mib`` MiB."""
     torch.manual_seed(0)
     width = 512
-    per_layer = 12 * width * width * 12  # parameters * (4 bytes of weight + 8 of moments)
-    layers = max(1, round(mib * (1 << 20) / per_layer))
-    layer = lambda: nn.TransformerEncoderLayer(width, 8, 4 * width, batch_first=True)  # noqa: E731
-    model = nn.Sequential(*(layer() for _ in range(layers)))
+    layers = max(1, round(mib * (1 << 20) / (12 * width * width * 12)))
+    return nn.Sequential(*(nn.TransformerEncoderLayer(width, 8, 4 * width, batch_first=True) for _ in range(layers)))
+
+
+def train(model: nn.Module, steps: int = 3) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    for _ in range(3):
-        loss = model(torch.randn(2, 16, width)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
+    for _ in range(steps):
+        model(torch.randn(2, 16, 512)).square().mean().backward()
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return model, optimizer
+        optimizer.zero_grad(set_to_none=True)
+    return optimizer
 
 
-def timed(call: Callable[[], Callable[[], Any]]) -> tuple[float, float]:
-    """(stall, durable) seconds; ``call`` returns what waits for durability."""
-    began = time.perf_counter()
-    wait = call()
-    stall = time.perf_counter() - began
-    wait()
-    return stall, time.perf_counter() - began
+class Bench:
+    """Runs contenders in rounds and keeps (stall, durable) of each."""
+
+    def __init__(self, folder: Path, rounds: int) -> None:
+        self.folder, self.rounds = folder, rounds
+        self.numbers = count(1)
+        self.stores: list[CheckpointStore] = []
+
+    def store(self, name: str, **config: Any) -> CheckpointStore:
+        store = CheckpointStore(self.folder / name, run="bench", config=StoreConfig(**config))
+        self.stores.append(store)
+        return store
+
+    def path(self) -> Path:
+        return self.folder / f"peer-{next(self.numbers)}"
+
+    def run(self, contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
+        first = {name: self._once(save) for name, save in contenders.items()}
+        samples: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        for round_number in range(self.rounds):
+            for name in random.Random(round_number).sample(list(contenders), len(contenders)):
+                samples[name].append(self._once(contenders[name]))
+        return {
+            name: {
+                "first_stall_seconds": first[name][0],
+                "stall_seconds": statistics.median(s for s, _ in values),
+                "durable_seconds": statistics.median(d for _, d in values),
+                "samples": values,
+            }
+            for name, values in samples.items()
+        }
+
+    def _once(self, save: Contender) -> tuple[float, float]:
+        began = time.perf_counter()
+        wait = save()
+        stall = time.perf_counter() - began
+        wait()
+        durable = time.perf_counter() - began
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self._tidy()
+        if dist.is_initialized():
+            dist.barrier()
+        return stall, durable
+
+    def _tidy(self) -> None:
+        """Keep the disk and the page cache as they were."""
+        for old in self.folder.glob("peer-*"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for store in self.stores:
+            for info in store.checkpoints()[:-1]:
+                store.delete(info.save_id)
+        os.sync()
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
+
+
+def fsynced(path: Path, write: Callable[[Any], None]) -> Waiter:
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    return lambda: None
+
+
+def dd_like(path: Path, memory: memoryview) -> Waiter:
+    """The same number of bytes, written as fast as this disk takes them: O_DIRECT, 8 MiB blocks, fsync."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_DIRECT", 0), 0o600)
+    try:
+        os.posix_fallocate(fd, 0, len(memory))
+        for at in range(0, len(memory), 8 << 20):
+            os.pwrite(fd, memory[at : at + (8 << 20)], at)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return lambda: None
+
+
+def async_default(state: dict[str, Any], path: Path, no_dist: bool = True) -> Waiter:
+    return dcp.async_save(state, checkpoint_id=path, no_dist=no_dist).result
+
+
+def copies(state: Any) -> list[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for value in values for tensor in copies(value)]
+
+
+def large(bench: Bench, mib: int) -> dict[str, Any]:
+    """One rank, a large state."""
+    import mmap
+
+    from safetensors.torch import save_file
+
+    model = large_model(mib)
+    optimizer = train(model)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    prebuilt = {"model": model_state, "optimizer": optimizer_state}
+    sources = [t.detach() for t in copies(prebuilt)]
+    targets = [torch.zeros_like(t) for t in sources]
+    size = sum(t.nbytes for t in sources)
+    raw = mmap.mmap(-1, -(-size // (8 << 20)) * (8 << 20))
+    for at in range(0, len(raw), 4096):
+        raw[at] = 1
+    flat = {str(i): t.contiguous() for i, t in enumerate(sources)}
+    options = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=False
+    )
+    stager = DefaultStager(options)
+    plain, modules = bench.store("ours"), bench.store("ours-modules")
+    overlapping = bench.store("ours-overlap", overlap=True)
+    overlapping.guard(optimizer)
+    live = {"model": model, "optimizer": optimizer}
+
+    def memcpy() -> Waiter:
+        torch._foreach_copy_(targets, sources)
+        return lambda: None
+
+    def best() -> Waiter:
+        answer = dcp.async_save(
+            prebuilt,
+            checkpoint_id=bench.path(),
+            async_checkpointer_type=AsyncCheckpointerType.THREAD,
+            async_stager=stager,
+            no_dist=True,
+        )
+        return getattr(answer, "upload_completion", answer).result
+
+    def helpers() -> Waiter:
+        parts = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        return async_default(parts, bench.path())
+
+    def stock() -> Waiter:
+        dcp.save(prebuilt, checkpoint_id=bench.path(), no_dist=True)
+        return lambda: None
+
+    def safetensors() -> Waiter:
+        path = bench.path()
+        save_file(flat, path)
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+        return lambda: None
+
+    view = memoryview(raw)
+    rows = bench.run(
+        {
+            "memcpy into warm memory": memcpy,
+            "plain write + fsync": lambda: dd_like(bench.path(), view),
+            "torch.save + fsync": lambda: fsynced(bench.path(), lambda file: torch.save(prebuilt, file)),
+            "safetensors + fsync": safetensors,
+            "dcp.save": stock,
+            DEFAULT: lambda: async_default(prebuilt, bench.path()),
+            "dcp.async_save, shared stager reused": best,
+            HELPERS: helpers,
+            "ckptstore, prebuilt state dict": lambda: plain.save(prebuilt, next(bench.numbers)).local.result,
+            "ckptstore, model and optimizer": lambda: modules.save(live, next(bench.numbers)).local.result,
+            "ckptstore, overlap": lambda: overlapping.save(live, next(bench.numbers)).local.result,
+        }
+    )
+    ours, direct = rows["ckptstore, prebuilt state dict"], rows["ckptstore, model and optimizer"]
+
+    def ratio(row: dict[str, Any], peer: str, figure: str = "stall_seconds") -> float:
+        return float(row[figure] / rows[peer][figure])
+
+    ratios = {
+        "stall, prebuilt, vs async default": ratio(ours, DEFAULT),
+        "stall, modules, vs helpers + async": ratio(direct, HELPERS),
+        "stall, prebuilt, vs async with its stager reused": ratio(ours, "dcp.async_save, shared stager reused"),
+        "stall, overlap, vs async default": ratio(rows["ckptstore, overlap"], DEFAULT),
+        "stall, prebuilt, vs memcpy": ratio(ours, "memcpy into warm memory"),
+        "first stall vs first async default": ratio(ours, DEFAULT, "first_stall_seconds"),
+        "durable vs dcp.save": ratio(ours, "dcp.save", "durable_seconds"),
+        "durable vs torch.save + fsync": ratio(ours, "torch.save + fsync", "durable_seconds"),
+        "durable vs safetensors + fsync": ratio(ours, "safetensors + fsync", "durable_seconds"),
+        "durable vs plain write + fsync": ratio(ours, "plain write + fsync", "durable_seconds"),
+    }
+    return {"size_bytes": size, "tensors": len(sources), "rows": rows, "ratios": ratios}
+
+
+def small(bench: Bench, tensors: int = 10_000) -> dict[str, Any]:
+    """One rank, many small tensors."""
+    state = {"model": {f"layer.{i}.weight": torch.rand(64) for i in range(tensors)}}
+    ours = bench.store("ours-small")
+    rows = bench.run(
+        {
+            DEFAULT: lambda: async_default(state, bench.path()),
+            "ckptstore": lambda: ours.save(state, next(bench.numbers)).local.result,
+        }
+    )
+    ratio = rows["ckptstore"]["stall_seconds"] / rows[DEFAULT]["stall_seconds"]
+    return {"tensors": tensors, "rows": rows, "ratios": {"stall vs async default": ratio}}
+
+
+def ranks(bench: Bench, kind: str, mib: int) -> dict[str, Any]:
+    """Runs on each of several ranks: DDP or FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = large_model(mib)
+    if kind == "fsdp2":
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = train(model, 1)
+    live = {"model": model, "optimizer": optimizer}
+    ours = bench.store("ours-ranks")
+
+    def peer() -> Waiter:
+        parts = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        return async_default(parts, bench.folder / f"peer-{next(bench.numbers)}", no_dist=False)
+
+    rows = bench.run({HELPERS: peer, "ckptstore": lambda: ours.save(live, next(bench.numbers)).local.result})
+    ratios = {
+        "stall vs helpers + async": rows["ckptstore"]["stall_seconds"] / rows[HELPERS]["stall_seconds"],
+        "durable vs helpers + async": rows["ckptstore"]["durable_seconds"] / rows[HELPERS]["durable_seconds"],
+    }
+    return {"kind": kind, "world_size": dist.get_world_size(), "rows": rows, "ratios": ratios}
+
+
+def training(bench: Bench, mib: int, seconds: float = 25.0) -> dict[str, Any]:
+    """Steps per second of a one-thread loop, alone and with a save every 20 s that is written and uploaded."""
+    torch.set_num_threads(1)
+    model = large_model(mib)
+    optimizer = train(model, 1)
+    bucket = f"file://{bench.folder}/sink"
+    store = CheckpointStore(bench.folder / "ours-training", remote=bucket, run="bench")
+    live = {"model": model, "optimizer": optimizer}
+    store.save(live, next(bench.numbers)).remote.result(300)
+    work = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4)))
+    x = torch.randn(64, 1024)
+
+    def loop(with_save: bool) -> float:
+        began, steps = time.perf_counter(), 0
+        if with_save:
+            store.save(live, next(bench.numbers))
+        while (spent := time.perf_counter() - began) < seconds:
+            work(x).sum().backward()
+            steps += 1
+        return steps / spent
+
+    pairs = [(loop(False), loop(True)) for _ in range(max(3, bench.rounds - 2))]
+    store.wait("remote", timeout_s=600)
+    store.close()
+    return {
+        "cpus": os.cpu_count(),
+        "pairs_steps_per_second": pairs,
+        "ratios": {"slowdown": statistics.median(alone / with_save for alone, with_save in pairs)},
+    }
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    print(f"\n{name}: " + ", ".join(f"{k} {v}" for k, v in result.items() if isinstance(v, int | str)))
+    if "rows" in result:
+        print(f"  {'':<44}{'first stall':>12}{'stall':>11}{'durable':>11}")
+        for row, figures in result["rows"].items():
+            stall, durable = figures["stall_seconds"], figures["durable_seconds"]
+            print(f"  {row:<44}{figures['first_stall_seconds']:>10.3f} s{stall:>9.3f} s{durable:>9.3f} s")
+    for ratio, value in result["ratios"].items():
+        print(f"  {ratio:<56}{value:>9.3f}" + (f"  (1/{1 / value:.1f})" if value < 1 else ""))
 
 
 def main() -> None:
@@ -64,110 +333,71 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1536)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="large,small,ddp,fsdp2,training")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("ckptstore").addHandler(logging.StreamHandler())
     torch.set_num_threads(args.threads)
-    folder = Path(tempfile.mkdtemp(prefix="ckptstore-bench-", dir=args.folder))
-    model, optimizer = training_state(args.mib)
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    prebuilt_model, prebuilt_optimizer = get_state_dict(model, optimizer)
-    prebuilt = {"model": prebuilt_model, "optimizer": prebuilt_optimizer}
-    size = sum(p.numel() * 4 * 3 for p in model.parameters())
-    store = CheckpointStore(folder / "ours", run="bench")
-    modules_store = CheckpointStore(folder / "ours-modules", run="bench")
-    counter = iter(range(1, 1 << 30))
-
-    def torch_save() -> Callable[[], Any]:
-        path = folder / "torch.pt"
-        with path.open("wb") as file:
-            torch.save(prebuilt, file)
-            file.flush()
-            os.fsync(file.fileno())
-        return lambda: None
-
-    def dcp_save() -> Callable[[], Any]:
-        dcp.save(prebuilt, checkpoint_id=folder / f"dcp-{next(counter)}", no_dist=True)
-        return lambda: None
-
-    def dcp_async() -> Callable[[], Any]:
-        future = dcp.async_save(prebuilt, checkpoint_id=folder / f"async-{next(counter)}", no_dist=True)
-        return future.result
-
-    def ours_prebuilt() -> Callable[[], Any]:
-        return store.save(prebuilt, next(counter)).local.result
-
-    def ours_modules() -> Callable[[], Any]:
-        return modules_store.save({"model": model, "optimizer": optimizer}, next(counter)).local.result
-
-    def memcpy() -> Callable[[], Any]:
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source)
-        return lambda: None
-
-    sources = list(model.parameters()) + [t for s in optimizer.state.values() for t in s.values() if t.dim()]
-    sources = [t.detach() for t in sources]
-    targets = [torch.zeros_like(t) for t in sources]
-    contenders = {
-        "memcpy into warm memory": memcpy,
-        "torch.save + fsync": torch_save,
-        "dcp.save": dcp_save,
-        "dcp.async_save (default)": dcp_async,
-        "ckptstore, prebuilt state dict": ours_prebuilt,
-        "ckptstore, model and optimizer": ours_modules,
-    }
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    first = {name: timed(contenders[name]) for name in contenders}
-    for round_number in range(args.rounds):
-        for name in random.Random(round_number).sample(list(contenders), len(contenders)):
-            samples[name].append(timed(contenders[name]))
-            for old in [*folder.glob("dcp-*"), *folder.glob("async-*")]:
-                shutil.rmtree(old)
-            for each in (store, modules_store):
-                for info in each.checkpoints()[:-1]:
-                    each.delete(info.save_id)
-    store.close()
-    modules_store.close()
-    shutil.rmtree(folder)
-
-    medians = {
-        name: {
-            "first_stall_seconds": first[name][0],
-            "stall_seconds": statistics.median(s for s, _ in values),
-            "durable_seconds": statistics.median(d for _, d in values),
+    if args.part:
+        rank_part(args)
+        return
+    results: dict[str, Any] = {}
+    for name in args.only.split(","):
+        folder = Path(tempfile.mkdtemp(prefix="ckptstore-bench-", dir=args.folder))
+        bench = Bench(folder, args.rounds)
+        load = os.getloadavg()[0]
+        try:
+            if name in ("ddp", "fsdp2"):
+                results[name] = launch(name, args, folder)
+            elif name == "large":
+                results[name] = large(bench, args.mib)
+            elif name == "small":
+                results[name] = small(bench)
+            else:
+                results[name] = training(bench, args.mib // 3)
+        finally:
+            bench.close()
+            shutil.rmtree(folder, ignore_errors=True)
+        results[name]["load_1min_before"] = load
+        show(name, results[name])
+        document = {
+            "schema_version": 2,
+            "rounds": args.rounds,
+            "threads": args.threads,
+            "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
+            "versions": {"torch": torch.__version__, "ckptstore": __version__},
+            "results": results,
         }
-        for name, values in samples.items()
-    }
-    ours = medians["ckptstore, prebuilt state dict"]
-    ratios = {
-        "stall vs dcp.async_save": ours["stall_seconds"] / medians["dcp.async_save (default)"]["stall_seconds"],
-        "stall vs memcpy": ours["stall_seconds"] / medians["memcpy into warm memory"]["stall_seconds"],
-        "durable vs dcp.save": ours["durable_seconds"] / medians["dcp.save"]["durable_seconds"],
-        "durable vs torch.save+fsync": ours["durable_seconds"] / medians["torch.save + fsync"]["durable_seconds"],
-        "first stall vs dcp.async_save": ours["first_stall_seconds"]
-        / medians["dcp.async_save (default)"]["first_stall_seconds"],
-    }
-    print(f"{size / 1e9:.2f} GB of AdamW state, {args.rounds} rounds, {args.threads} threads, medians")
-    print(f"{'':<34}{'first stall':>12}{'stall':>10}{'durable':>10}")
-    for name, row in medians.items():
-        stall, durable = row["stall_seconds"], row["durable_seconds"]
-        print(f"{name:<34}{row['first_stall_seconds']:>10.3f} s{stall:>8.3f} s{durable:>8.3f} s")
-    for name, ratio in ratios.items():
-        print(f"{name:<34}{ratio:>10.3f}")
-    args.output.parent.mkdir(exist_ok=True)
-    document = {
-        "schema_version": 1,
-        "size_bytes": size,
-        "rounds": args.rounds,
-        "threads": args.threads,
-        "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "load_1min": os.getloadavg()[0]},
-        "versions": {"torch": torch.__version__, "ckptstore": __version__},
-        "medians": medians,
-        "ratios": ratios,
-        "samples": samples,
-    }
-    args.output.write_text(json.dumps(document, indent=2) + "\n")
+        args.output.parent.mkdir(exist_ok=True)
+        args.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def launch(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The several-rank part in ranks of its own, one thread each."""
+    output = folder / "result.json"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__,
+        "--part", kind, "--mib", str(args.mib), "--rounds", str(args.rounds), "--threads", "1",
+        "--folder", str(folder), "--output", str(output),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result: dict[str, Any] = json.loads(output.read_text())
+    return result
+
+
+def rank_part(args: argparse.Namespace) -> None:
+    dist.init_process_group("gloo")
+    bench = Bench(args.folder / "ranks", args.rounds)
+    bench.folder.mkdir(exist_ok=True)
+    result = ranks(bench, args.part, args.mib)
+    if dist.get_rank() == 0:
+        args.output.write_text(json.dumps(result))
+    bench.close()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

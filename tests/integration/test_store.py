@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from ckptstore import CheckpointStore, StoreConfig, errors, per_rank
+from ckptstore.blob import between_processes
 
 
 class Training:
@@ -321,3 +323,18 @@ def test_pinned_checkpoint_is_not_deleted_until_unpinned(tmp_path: Path) -> None
         store.delete(1)
         assert [info.step for info in store.checkpoints()] == [2]
         assert store.best().step == 2
+
+
+def test_memory_remote_is_seen_by_all_processes_of_the_machine(tmp_path: Path) -> None:
+    url = f"mem://{tmp_path.name}"
+    folder = Path(between_processes(url).removeprefix("file://"))
+    try:
+        with CheckpointStore(tmp_path / "store", remote=url) as store:
+            info = store.save({"n": 7}, 1, wait="remote").remote.result()
+            assert info.tiers == {"local": "complete", "mem": "complete"}
+        state = {"n": 0}
+        with CheckpointStore(None, remote=url) as fresh:
+            fresh.load(state)
+        assert state["n"] == 7
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import multiprocessing
 import signal
@@ -85,10 +86,10 @@ def main() -> None:
     )
     manager.track(model=model, optimizer=optimizer)
     point = manager.resume()
-    values = {float(p.min()) for p in model} | {float(p.max()) for p in model}
+    values = {float(p.detach().min()) for p in model} | {float(p.detach().max()) for p in model}
     say("ready", step=point.step, values=sorted(values), emergency=bool(point.info and point.info.emergency))
     data = TensorDataset(torch.zeros(1 << 16))
-    batches = iter(DataLoader(data, batch_size=1, num_workers=args.workers) if args.workers else [None] * (1 << 30))
+    batches = iter(DataLoader(data, batch_size=1, num_workers=args.workers)) if args.workers else itertools.repeat(None)
     with manager:
         for step in range(point.step + 1, args.steps + 1):
             next(batches)

@@ -313,6 +313,7 @@ class Uploader:
                 return
             log.error("save %s of %s to %s: %s", save.save_id, self.run, self.name, error)
             upload.state = "failed"
+            upload.pushed_at = None  # the next attempt looks at everything again
             upload.due = self._clock.monotonic() + REFUSED_PAUSE_SECONDS
             self._report(upload, error)
 

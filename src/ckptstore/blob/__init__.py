@@ -5,6 +5,6 @@ Must not know: checkpoints, manifests, codecs.
 """
 
 from ckptstore.blob.base import BlobStore, Capabilities, ObjectInfo
-from ckptstore.blob.url import open_blob_store
+from ckptstore.blob.url import between_processes, open_blob_store
 
-__all__ = ["BlobStore", "Capabilities", "ObjectInfo", "open_blob_store"]
+__all__ = ["BlobStore", "Capabilities", "ObjectInfo", "between_processes", "open_blob_store"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptstore.blob.address import Address, parse_address
@@ -89,3 +92,23 @@ def _open_foreign(address: Address, environ: Mapping[str, str] | None) -> BlobSt
             return store
     known = ", ".join(sorted({*_OURS, *(entry.name for entry in offered)}))
     raise address.refuse(f"has the unknown scheme {address.scheme!r}", hint=f"known: {known}")
+
+
+def between_processes(url: str) -> str:
+    """The URL by which several processes of this machine see the same objects.
+
+    ``mem://name`` lives in one process; trainer, agent and command line share it as a folder in shared memory, which
+    is gone at the next boot. Every other URL is itself.
+
+    Raises:
+        ConfigError: not a store's URL.
+    """
+    address = parse_address(url)
+    if address.scheme != "mem":
+        return url
+    shared = Path("/dev/shm")  # noqa: S108  not a temporary file: memory that processes share
+    folder = (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"ckptstore-mem-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ConfigError(f"{folder} belongs to somebody else", hint="use file:///a/folder/of/yours instead of mem://")
+    return f"file://{folder}/{url.removeprefix('mem://').strip('/').replace('/', '.')}"

@@ -23,3 +23,20 @@ def transfer_bar(verb: str, *, quiet: bool) -> Iterator[Callable[[Progress], Non
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done: bar.update(task, completed=done.plain_done, total=done.plain_total)
+
+
+@contextmanager
+def count_bar(verb: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """As :func:`transfer_bar`, for things counted: the callback takes how many of how many."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    with Bar(
+        TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ckptstore.dcp import fsdp1, modules, optimizers
+from ckptstore.dcp import composites, fsdp1, modules, optimizers
 from ckptstore.dcp.boxes import dtype_of
 from ckptstore.dcp.stored import MISSING, Stub
+from ckptstore.format import tree
 
 if TYPE_CHECKING:
     from ckptstore.dcp.target import Matcher
@@ -124,7 +125,13 @@ class _Match:
             if field not in entry:
                 self._m.note_missing(f"{key}.{field}")
         if pending:
-            self._m.found.actions.append((key, lambda: state[parameter].update(pending)))
+            self._m.found.actions.append((key, partial(self._attach, parameter, pending)))
+
+    def _attach(self, parameter: torch.Tensor, pending: dict[Any, Any]) -> None:
+        for field, value in pending.items():
+            if isinstance(value, torch.Tensor) and composites.is_composite(value):
+                pending[field] = value.to(parameter.device)
+        self._optimizer.state[parameter].update(pending)
 
     def _field(
         self, key: str, parameter: torch.Tensor, group: dict[str, Any], field: Any, current: Any, stored: Any
@@ -139,6 +146,12 @@ class _Match:
             meta = m.source.tensors[stored.name]
             new = _like(parameter, flags, str(field), meta.shape, dtype_of(meta.dtype))
             return new if m.slot(key, new, stored) else MISSING
+        if isinstance(stored, tree.Composite):
+            if isinstance(current, torch.Tensor):
+                entry = self._optimizer.state[parameter]
+                m.fill_tensor(key, current, stored, lambda new: entry.__setitem__(field, new.to(current.device)))
+                return MISSING
+            return m.read_into_new(key, stored)
         if not m.wants(key):
             return MISSING
         if isinstance(current, torch.Tensor) and isinstance(stored, (int, float)) and current.numel() == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,11 +11,23 @@ import torch
 
 from ckptstore.dcp.boxes import Box, dtype_of
 from ckptstore.dcp.loader import fill
-from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub
+from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub, substitute
 from ckptstore.dcp.target import Slot
+from ckptstore.format.tree import Composite
 
 
-def read_state(source: ChunkSource, *, only: Iterable[str] = (), rank: int = 0, threads: int = 4) -> dict[Any, Any]:
+def _new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def read_state(
+    source: ChunkSource,
+    *,
+    only: Iterable[str] = (),
+    rank: int = 0,
+    threads: int = 4,
+    allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] = _new,
+) -> dict[Any, Any]:
     """The state as it was saved: the same keys, containers and values, tensors on the CPU. Local.
 
     A module is one flat dict of names, an optimizer ``{"state": ..., "param_groups": ...}`` by parameter name. Tied
@@ -23,6 +35,7 @@ def read_state(source: ChunkSource, *, only: Iterable[str] = (), rank: int = 0, 
 
     Args:
         only: globs of dotted names; everything else, and what is left empty by that, is left out and not read.
+        allocate: gives the memory for each tensor.
 
     Raises:
         IntegrityError: bytes are damaged and no good copy is left.
@@ -36,7 +49,7 @@ def read_state(source: ChunkSource, *, only: Iterable[str] = (), rank: int = 0, 
     def tensor(name: str) -> torch.Tensor:
         if name not in tensors:
             meta = source.tensors[name]
-            new = tensors[name] = torch.empty(meta.shape, dtype=dtype_of(meta.dtype))
+            new = tensors[name] = allocate(meta.shape, dtype_of(meta.dtype))
             slots.append(Slot(name, name, Box(new, meta.shape, (0,) * len(meta.shape), meta.shape)))
         return tensors[name]
 
@@ -45,20 +58,26 @@ def read_state(source: ChunkSource, *, only: Iterable[str] = (), rank: int = 0, 
         if not globs:
             result[key] = stored.decode(key, tensor)
             continue
-        pruned = _prune(stored.decode(key, Stub), str(key), globs, tensor)
+        pruned = _prune(stored, stored.decode(key, Stub), str(key), globs, tensor)
         if pruned is not MISSING:
             result[key] = pruned
     fill(slots, source, threads=threads)
+    for check in stored.checks:
+        check()
     return result
 
 
-def _prune(value: Any, key: str, globs: tuple[str, ...], tensor: Any) -> Any:
+def _prune(stored: StoredState, value: Any, key: str, globs: tuple[str, ...], tensor: Any) -> Any:
     """``value`` without what no glob lets through; MISSING if nothing is left."""
     if isinstance(value, Stub):
         return tensor(value.name) if _wanted(globs, key, value.name) else MISSING
+    if isinstance(value, Composite):
+        if not _wanted(globs, key):
+            return MISSING
+        return substitute(value, lambda stub: tensor(stub.name), lambda whole: stored.put_together(key, whole))
     cls = type(value)
     if isinstance(value, dict) and value and cls in (dict, OrderedDict, defaultdict):
-        kept = {k: _prune(v, f"{key}.{k}", globs, tensor) for k, v in value.items()}
+        kept = {k: _prune(stored, v, f"{key}.{k}", globs, tensor) for k, v in value.items()}
         for k, v in kept.items():
             if v is MISSING:
                 del value[k]
@@ -66,7 +85,7 @@ def _prune(value: Any, key: str, globs: tuple[str, ...], tensor: Any) -> Any:
                 value[k] = v
         return value if value else MISSING
     if isinstance(value, (list, tuple)) and value:
-        items = [_prune(v, f"{key}.{i}", globs, tensor) for i, v in enumerate(value)]
+        items = [_prune(stored, v, f"{key}.{i}", globs, tensor) for i, v in enumerate(value)]
         left = [v for v in items if v is not MISSING]
         if not left:
             return MISSING

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
+import torch
+
+from ckptstore.dcp import composites
 from ckptstore.dcp import torch_types as _torch_types  # noqa: F401  # registers torch's small types
 from ckptstore.dcp.modules import EXTRA_STATE
 from ckptstore.errors import FormatError
@@ -93,6 +97,8 @@ class StoredState:
     ) -> None:
         self._source = source
         self.renamed: dict[str, str] = {}
+        #: To be called when all tensors are filled: is what was put together from them sound?
+        self.checks: list[Callable[[], None]] = []
         encoded = source.tree
         if encoded is None:
             raise FormatError("the checkpoint has no state tree")
@@ -128,7 +134,9 @@ class StoredState:
     def decode(self, key: Any, tensor: Callable[[str], object]) -> Any:
         """The value below one top-level key, with ``tensor(stored name)`` for each tensor."""
 
-        def leaf(ref: tree.TensorRef | tree.PerRankRef) -> object:
+        def leaf(ref: tree.TensorRef | tree.PerRankRef | tree.Composite) -> object:
+            if isinstance(ref, tree.Composite):
+                return self._whole(f"{key}.{ref.at}" if ref.at else str(key), ref)
             if isinstance(ref, tree.TensorRef):
                 name = self._source.aliases.get(ref.name, ref.name)
                 if name not in self._source.tensors:
@@ -139,6 +147,22 @@ class StoredState:
             return tree.decode(self._own[ref.key], leaf, trusted="loaded", unknown="opaque")
 
         return tree.decode(self._subtrees[key], leaf, trusted="loaded", unknown="opaque")
+
+    def _whole(self, key: str, stored: tree.Composite) -> object:
+        """The tensor, once its parts are tensors; what stands for it while they are stubs."""
+        if not all(isinstance(part, torch.Tensor) for part in stored.parts.values()):
+            return stored
+        return self.put_together(key, stored)
+
+    def put_together(self, key: str, stored: tree.Composite, allowed: type | None = None) -> torch.Tensor:
+        """A composite tensor of its parts, to be filled later; notes to check it then.
+
+        Args:
+            allowed: a class that may be rebuilt because the target has one.
+        """
+        built = composites.put_together(key, stored, allowed)
+        self.checks.append(partial(composites.check, key, built))
+        return built
 
     def _rename(self, rename: Mapping[str, str]) -> None:
         """Move what lies below each stored prefix to its new one; all at once, the longest prefix wins."""
@@ -248,22 +272,33 @@ def flatten(stored: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 def _holds_stub(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(_holds_stub(below) for below in value.values())
-    return isinstance(value, Stub)
+    return isinstance(value, (Stub, tree.Composite))
 
 
-def substitute(value: Any, tensor: Callable[[Stub], Any]) -> Any:
-    """``value`` with every visible stub replaced; dicts and lists are changed in place, tuples made anew."""
+def substitute(
+    value: Any, tensor: Callable[[Stub], Any], compose: Callable[[tree.Composite], Any] = lambda stored: stored
+) -> Any:
+    """``value`` with every visible stub replaced; dicts and lists are changed in place, tuples made anew.
+
+    Args:
+        tensor: gives what takes the place of a stub.
+        compose: gives what takes the place of a composite tensor whose parts have been replaced. One with a part that
+            became MISSING is MISSING.
+    """
     if isinstance(value, Stub):
         return tensor(value)
+    if isinstance(value, tree.Composite):
+        parts = {name: substitute(part, tensor, compose) for name, part in value.parts.items()}
+        return MISSING if any(p is MISSING for p in parts.values()) else compose(replace(value, parts=parts))
     cls = type(value)
     if cls in (dict, OrderedDict, defaultdict):
         for key in value:
-            value[key] = substitute(value[key], tensor)
+            value[key] = substitute(value[key], tensor, compose)
     elif cls in (list, deque):
         for i in range(len(value)):
-            value[i] = substitute(value[i], tensor)
+            value[i] = substitute(value[i], tensor, compose)
     elif isinstance(value, tuple):
-        new = [substitute(item, tensor) for item in value]
+        new = [substitute(item, tensor, compose) for item in value]
         if any(a is not b for a, b in zip(new, value, strict=True)):
             return cls(*new) if hasattr(cls, "_fields") else cls(new)
     return value

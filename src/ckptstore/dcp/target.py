@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ckptstore.dcp import modules
+from ckptstore.dcp import composites, modules
 from ckptstore.dcp.boxes import Box, box_of, dtype_name, dtype_of
 from ckptstore.dcp.markers import PerRank, Trainable
 from ckptstore.dcp.optimizer_target import match_optimizer
@@ -84,6 +84,7 @@ class Matcher:
         self._state = state
         self._only = tuple(only)
         self._matched_any = False
+        self._new: dict[str, torch.Tensor] = {}
         keys = frozenset(state) | frozenset(map(str, state))
         self._stored = StoredState(source, rank=rank, keys=keys, rename=rename, allocate=self._allocate_hidden)
         self.renamed = self._stored.renamed
@@ -94,9 +95,15 @@ class Matcher:
             stored = self._stored.values
             value = stored[key] if key in stored else stored.get(str(key), MISSING)
             self.fill((key,), self._state[key], value, self._replacer(self._state, key))
+        if self._stored.checks:
+            self.found.actions.insert(0, ("the state", self._check))
         if self._only and not self._matched_any:
             self.found.mismatched.append(f"only={list(self._only)} matches nothing in this checkpoint and target")
         return self.found
+
+    def _check(self) -> None:
+        for check in self._stored.checks:
+            check()
 
     def _allocate_hidden(self, key: Any, name: str) -> object:
         return self._allocate(str(key), name) if self.wants(str(key), name) else Stub(name)
@@ -173,17 +180,23 @@ class Matcher:
         if value is not MISSING:
             self.found.actions.append((key, lambda: replace(value)))
 
-    def read_into_new(self, key: str, stored: Any) -> Any:
-        """``stored`` with new CPU tensors for its stubs; MISSING if it is a tensor nobody wants."""
+    def read_into_new(self, key: str, stored: Any, allowed: type | None = None) -> Any:
+        """``stored`` with new CPU tensors for its stubs; MISSING if it is a tensor nobody wants.
+
+        Args:
+            allowed: a tensor class that may be rebuilt because the target has one.
+        """
 
         def allocate(stub: Stub) -> Any:
             return self._allocate(key, stub.name) if self.wants(key, stub.name) else MISSING
 
-        return substitute(stored, allocate)
+        return substitute(stored, allocate, lambda whole: self._stored.put_together(key, whole, allowed))
 
     def _allocate(self, key: str, name: str) -> torch.Tensor:
+        if name in self._new:  # tied when it was saved, and so again
+            return self._new[name]
         meta = self.source.tensors[name]
-        new = torch.empty(meta.shape, dtype=dtype_of(meta.dtype))
+        new = self._new[name] = torch.empty(meta.shape, dtype=dtype_of(meta.dtype))
         self.found.slots.append(Slot(key, name, Box(new, meta.shape, (0,) * len(meta.shape), meta.shape)))
         return new
 
@@ -211,8 +224,12 @@ class Matcher:
     # -- kinds --------------------------------------------------------------------------------------------------------
 
     def _fill_tensor(self, key: str, target: torch.Tensor, stored: Any, replace: Replace) -> None:
-        if not isinstance(stored, Stub):
+        if isinstance(stored, tree.Composite):
+            self._fill_composite(key, target, stored, replace)
+        elif not isinstance(stored, Stub):
             self.mismatch(key, f"stored is a {type(stored).__name__}, the target is a tensor")
+        elif composites.is_composite(target):
+            self.mismatch(key, f"stored is a plain tensor, the target is {_described(target)}")
         elif (
             target.layout is torch.strided
             and not target.is_contiguous()
@@ -221,6 +238,57 @@ class Matcher:
             self.put(key, stored, replace)  # an expanded tensor can't be written to
         else:
             self.slot(key, target, stored)
+
+    def fill_tensor(self, key: str, target: torch.Tensor, stored: Any, replace: Replace) -> None:
+        """Fill a tensor in place, or ``replace`` it where that can't be."""
+        self._fill_tensor(key, target, stored, replace)
+
+    def _fill_composite(self, key: str, target: torch.Tensor, stored: tree.Composite, replace: Replace) -> None:
+        """Part by part in place if all of them fit, else by a new tensor."""
+        if not composites.is_composite(target):
+            self.mismatch(key, f"stored is a {stored.kind} tensor, the target is a plain one")
+            return
+        try:
+            own = composites.take_apart(key, target)
+        except StateError as error:
+            self.mismatch(key, error.message)
+            return
+        if not composites.can_replace(own, stored):
+            self.mismatch(key, f"stored is {composites.described(stored)}, the target is {composites.described(own)}")
+        elif composites.is_live(target) and self._parts_fit(own, stored):
+            self._fill_parts(key, own, stored)
+            self._stored.checks.append(lambda: composites.check(key, target))
+        else:
+            new = self.read_into_new(key, stored, type(target))
+            if new is not MISSING:
+                self.found.actions.append((key, lambda: replace(new)))
+
+    def _parts_fit(self, own: tree.Composite, stored: tree.Composite) -> bool:
+        if own.parts.keys() != stored.parts.keys() or tree.encode(own.facts) != tree.encode(stored.facts):
+            return False
+        for name, part in own.parts.items():
+            below = stored.parts[name]
+            if isinstance(below, tree.Composite):
+                if not composites.is_composite(part) or not composites.is_live(part):
+                    return False
+                if not self._parts_fit(composites.take_apart(name, part), below):
+                    return False
+            else:
+                meta = self.source.tensors[below.name]
+                if composites.is_composite(part) or (tuple(part.shape), dtype_name(part.dtype)) != (
+                    meta.shape,
+                    meta.dtype,
+                ):
+                    return False
+        return True
+
+    def _fill_parts(self, key: str, own: tree.Composite, stored: tree.Composite) -> None:
+        for name, part in own.parts.items():
+            below, key_below = stored.parts[name], f"{key}.{name}"
+            if isinstance(below, tree.Composite):
+                self._fill_parts(key_below, composites.take_apart(key_below, part), below)
+            else:
+                self.slot(key_below, part, below)
 
     def mismatch(self, key: str, problem: str) -> None:
         """Note a structural difference that no leniency makes fit."""
@@ -268,7 +336,7 @@ class Matcher:
         if stored is MISSING:
             return False
         if isinstance(target, torch.Tensor):
-            self._fill_tensor(key, target, stored, replace or _cannot_replace(key))
+            self._fill_tensor(key, target, stored, replace or _overwriter(key, target))
         elif replace is not None:
             self.put(key, stored, replace)
         return True
@@ -405,6 +473,20 @@ def has_fillable(value: Any) -> bool:
 def is_sharded(value: Any) -> bool:
     """Whether this is a DTensor."""
     return isinstance(value, DTensor)
+
+
+def _described(target: torch.Tensor) -> str:
+    try:
+        return composites.described(composites.take_apart("", target))
+    except StateError as error:
+        return error.message
+
+
+def _overwriter(key: str, target: torch.Tensor) -> Replace:
+    """How a module's tensor takes a new one: it stays the same object."""
+    if composites.is_composite(target):
+        return lambda new: composites.overwrite(target, new)
+    return _cannot_replace(key)
 
 
 def _cannot_replace(key: str) -> Replace:

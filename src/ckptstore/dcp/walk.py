@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ckptstore.dcp import fsdp1, modules, optimizers
+from ckptstore.dcp import arrays, composites, fsdp1, modules, optimizers
 from ckptstore.dcp import torch_types as _torch_types  # noqa: F401  # registers torch's small types
 from ckptstore.dcp.markers import PerRank, Trainable
 from ckptstore.errors import StateError
@@ -30,6 +31,8 @@ Fragments = dict[str, tuple[object, Json]]
 
 #: Plain dicts of at least this many tensors are worth a fragment.
 _FRAGMENT_MIN = 8
+#: Arrays above this are stored as tensors are.
+_LARGE_ARRAY_BYTES = 64 * 1024
 
 
 class Walk:
@@ -101,7 +104,7 @@ class Walk:
 
     def _leaf(self, path: Path, value: object) -> object:
         if isinstance(value, torch.Tensor):
-            return self._tensor(path, value, "plain")
+            return self._tensor(path, value)
         if isinstance(value, dict):
             return self._dict(path, value)
         if isinstance(value, nn.Module):
@@ -112,12 +115,34 @@ class Walk:
             return self._module(path, value.module, trainable_only=True)
         if isinstance(value, PerRank):
             return self._keep_own(path, value.value)
+        if type(value) is np.ndarray:
+            return self._array(path, value)
         if is_stateful(value):
             return value.state_dict()  # type: ignore[attr-defined]
         return value
 
-    def _tensor(self, path: Path, value: torch.Tensor, kind: Kind) -> tree.TensorRef:
-        return tree.TensorRef(self._add(".".join(map(str, path[:-1])), path[:-1], path[-1:], value, kind))
+    def _tensor(self, path: Path, value: torch.Tensor) -> object:
+        if type(value) is not torch.Tensor and tree.is_registered(type(value)):
+            return value  # its own codec knows more than we do
+        return self._refer(".".join(map(str, path[:-1])), path[:-1], path[-1:], value, "plain")
+
+    def _array(self, path: Path, value: np.ndarray[Any, Any]) -> object:
+        """Large arrays are chunked, compared and compressed as tensors are; small ones stay in the tree."""
+        if value.nbytes <= _LARGE_ARRAY_BYTES or value.dtype.hasobject:
+            return value
+        tensor, dtype, shape, is_transposed = arrays.as_tensor(value)
+        name = self._add(".".join(map(str, path[:-1])), path[:-1], path[-1:], tensor, "plain")
+        return tree.ArrayRef(name, dtype, shape, is_transposed)
+
+    def _refer(
+        self, prefix: str, path: Path, keys: Path, value: torch.Tensor, kind: Kind
+    ) -> tree.TensorRef | tree.Composite:
+        """Note a tensor, or the parts of one that is made of others."""
+        if not composites.is_composite(value):
+            return tree.TensorRef(self._add(prefix, path, keys, value, kind))
+        apart = composites.take_apart(".".join(map(str, (*path, *keys))), value)
+        parts = {name: self._refer(prefix, path, (*keys, name), part, kind) for name, part in apart.parts.items()}
+        return tree.Composite(apart.kind, dict(parts), apart.facts)
 
     def _add(self, prefix: str, path: Path, keys: Path, value: torch.Tensor, kind: Kind) -> str:
         """Note a tensor at ``(*path, *keys)``, where ``prefix`` is the stock name of ``path``; returns its name."""
@@ -136,7 +161,7 @@ class Walk:
         if len(value) < _FRAGMENT_MIN or type(value) is not dict or not path:
             return value
         for key, item in value.items():
-            if type(key) is not str or not isinstance(item, torch.Tensor):
+            if type(key) is not str or not isinstance(item, torch.Tensor) or composites.is_composite(item):
                 return value
         prefix = ".".join(map(str, path))
         names = [self._add(prefix, path, (key,), item, "plain") for key, item in value.items()]
@@ -151,16 +176,21 @@ class Walk:
         prefix = ".".join(map(str, path))
         keys: list[str] = []
         names: list[str] = []
+        whole: dict[str, object] = {}
         for fqn, tensor, kind in entries.tensors:
             if trainable_only and kind == "param" and not tensor.requires_grad:
                 continue
             keys.append(fqn)
-            names.append(self._add(prefix, path, (fqn,), tensor, kind))
+            if composites.is_composite(tensor):
+                whole[fqn] = self._refer(prefix, path, (fqn,), tensor, kind)
+                names.append("")
+            else:
+                names.append(self._add(prefix, path, (fqn,), tensor, kind))
 
         def refs() -> dict[str, object]:
-            return dict(zip(keys, map(tree.TensorRef, names), strict=True))
+            return {key: whole.get(key) or tree.TensorRef(name) for key, name in zip(keys, names, strict=True)}
 
-        if not entries.extra:
+        if not entries.extra and not whole:
             return self._fragment(path, (keys, names), refs)
         return {**refs(), **{fqn: owner.get_extra_state() for fqn, owner in entries.extra.items()}}
 
@@ -175,7 +205,7 @@ class Walk:
             if trainable_only and fqn in frozen:
                 continue
             if isinstance(value, torch.Tensor):
-                value = tree.TensorRef(self._add(prefix, path, (fqn,), value, kinds.get(fqn, "param")))
+                value = self._refer(prefix, path, (fqn,), value, kinds.get(fqn, "param"))
             state[fqn] = value
         return state
 
@@ -195,7 +225,9 @@ class Walk:
 
     def _moments(self, path: Path, state: dict[Any, Any]) -> object:
         for entry in state.values():
-            if type(entry) is not dict or not all(isinstance(item, torch.Tensor) for item in entry.values()):
+            if type(entry) is not dict:
+                return state
+            if not all(isinstance(item, torch.Tensor) and not composites.is_composite(item) for item in entry.values()):
                 return state
         prefix = ".".join(map(str, path))
         names = [

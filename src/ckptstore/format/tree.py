@@ -25,6 +25,7 @@ from ckptstore.format.types_base import (
     MAX_DEPTH,
     TAG,
     ArrayRef,
+    Composite,
     Json,
     Key,
     Opaque,
@@ -36,11 +37,12 @@ from ckptstore.format.types_base import (
     type_name,
 )
 from ckptstore.format.types_engine import Decoder, Encoder
-from ckptstore.format.types_registered import register_type
+from ckptstore.format.types_registered import is_registered, register_type
 
 __all__ = [
     "VERSION",
     "ArrayRef",
+    "Composite",
     "Key",
     "Names",
     "Opaque",
@@ -50,6 +52,7 @@ __all__ = [
     "decode",
     "encode",
     "fqn",
+    "is_registered",
     "iter_leaves",
     "register_type",
     "subtrees",
@@ -75,8 +78,9 @@ def encode(value: object, leaf: Callable[[Path, Any], object] | None = None) -> 
         value: the state, or any value.
         leaf: called as ``leaf(path, value)`` for every value that is not a plain scalar (None, bool, int, float, str),
             containers before their contents, but not for dict keys and set elements. Returns the value itself, or what
-            to encode in its place: a :class:`TensorRef`, :class:`PerRankRef` or :class:`ArrayRef`; an
-            :class:`Opaque`, whose node is put in as it is; or another value, whose contents are asked about in turn.
+            to encode in its place: a :class:`TensorRef`, :class:`PerRankRef`, :class:`ArrayRef` or
+            :class:`Composite`; an :class:`Opaque`, whose node is put in as it is; or another value, whose contents are
+            asked about in turn.
             ``path`` holds dict keys, indexes and field names. None: leave every value.
 
     Raises:
@@ -101,7 +105,8 @@ def decode(
 
     Args:
         tree: what ``encode`` returned, or what was read; it is not trusted.
-        leaf: gives the value for each reference; its exceptions pass unchanged.
+        leaf: gives the value for each reference, and for each composite, whose parts it was asked for before; its
+            exceptions pass unchanged.
         trusted: classes that may be rebuilt besides registered ones. They must be loaded already and be an Enum, a
             dataclass, a namedtuple or a pydantic model; nothing of theirs is called. ``"loaded"`` suits a training
             program that reads its own checkpoints; the default, none, suits a tool that reads anybody's.

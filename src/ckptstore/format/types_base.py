@@ -15,7 +15,7 @@ import math
 import struct
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -64,12 +64,38 @@ class PerRankRef:
 
 @dataclass(frozen=True)
 class ArrayRef:
-    """Stands for a NumPy array whose elements are stored as the tensor ``name``."""
+    """Stands for a NumPy array whose elements are stored as the tensor ``name``.
+
+    Attributes:
+        dtype: of the array, when the tensor holds only its bytes, because torch has no such elements; else None.
+        shape: of the array, when it is not the tensor's.
+        is_transposed: the tensor is the array's transpose: memory in Fortran order.
+    """
 
     name: str
+    dtype: Any = None
+    shape: tuple[int, ...] | None = None
+    is_transposed: bool = False
 
 
-Ref = TensorRef | PerRankRef
+@dataclass
+class Composite:
+    """Stands for a tensor that is made of others: sparse, nested, quantized, or of a class that can be taken apart.
+
+    Attributes:
+        kind: how it is put together.
+        parts: its tensors by name; references, or whatever stands for tensors where it is used. They may be composite.
+        facts: what else it takes: sizes, scales, a class. Values the tree can hold.
+        at: dotted place in the tree it was decoded from; for messages.
+    """
+
+    kind: str
+    parts: dict[str, Any]
+    facts: dict[str, Any]
+    at: str = field(default="", compare=False)
+
+
+Ref = TensorRef | PerRankRef | Composite
 
 
 @dataclass(frozen=True)

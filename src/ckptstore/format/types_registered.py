@@ -76,6 +76,12 @@ def register_type(
     return cls
 
 
+def is_registered(cls: type) -> bool:
+    """Whether :func:`register_type` was called for exactly this class."""
+    codec = BY_TYPE.get(cls)
+    return codec is not None and codec.tag == "type"
+
+
 _REGISTERED_FIELDS = frozenset({"name", "v"})
 
 

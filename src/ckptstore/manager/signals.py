@@ -171,11 +171,32 @@ class SignalWatch:
                     signal.signal(number, previous)
         self._previous = {}
 
+    @property
+    def numbers(self) -> list[int]:
+        """The signals taken over."""
+        return list(self._previous)
+
+
+# A signal that hits the child before it has let go of our handlers would be lost there, and be told to the parent's
+# watcher: so they wait until that is done. A thread of its own for each fork, hence the mask is kept by thread.
+_masks = threading.local()
+
+
+def _before_fork() -> None:
+    numbers = {number for watch in list(_live) for number in watch.numbers}
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers) if numbers else None
+
+
+def _after_fork_in_parent() -> None:
+    if (mask := getattr(_masks, "before", None)) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
 
 def _after_fork_in_child() -> None:
     for watch in list(_live):
         watch._forget_in_child()
     _live.clear()
+    _after_fork_in_parent()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -111,7 +111,8 @@ def _one(a: CheckpointReader, b: CheckpointReader, name: str, meta: TensorMeta, 
         if norms:
             norm, base = _norms(old, new, meta.dtype)
             relative = None if norm is None or base is None else (norm / base if base else math.inf)
-            return Change(name, "changed", meta.dtype, meta.shape, size, size if changed is None else changed, norm, relative)  # fmt: skip
+            changed = size if changed is None else changed
+            return Change(name, "changed", meta.dtype, meta.shape, size, changed, norm, relative)
     return Change(name, "changed", meta.dtype, meta.shape, size, size if changed is None else changed)
 
 
@@ -146,7 +147,7 @@ def _read(reader: CheckpointReader, name: str, meta: TensorMeta) -> npt.NDArray[
         data = np.empty(piece.size_bytes, np.uint8)
         at = 0
         for index, chunk in enumerate(reader.chunks(rank, number)):
-            reader.read_chunk(rank, number, index, memoryview(data)[at : at + chunk.size_bytes])
+            reader.read_chunk(rank, number, index, memoryview(data.data)[at : at + chunk.size_bytes])
             at += chunk.size_bytes
         box = tuple(slice(offset, offset + length) for offset, length in zip(piece.offsets, piece.shape, strict=True))
         whole[box] = data.reshape((*piece.shape, width))

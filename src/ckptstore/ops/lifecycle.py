@@ -46,7 +46,7 @@ def _pins(tiers: RunTiers, steps: Sequence[StepLike], action: str) -> list[Actio
     catalog = tiers.catalog()
     done = []
     for record in [catalog.resolve(step) for step in steps]:
-        why = "pinned already" if record.pinned else "not pinned"
+        why = "it was pinned" if record.pinned else "it was not pinned"
         if tiers.local is not None and record.local is not None:
             getattr(tiers.local, action)(tiers.run, record.save_id)
             done.append(Action(record.step, record.save_id, LOCAL, action, why))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptstore.ops.open import Place, RunTiers
-from ckptstore.ops.transfer import stored_bytes
+from ckptstore.ops.provenance import Provenance, provenance
 from ckptstore.repo import timings
 from ckptstore.repo.catalog import Record
 from ckptstore.repo.reader import CheckpointReader
@@ -25,7 +25,7 @@ def list_checkpoints(place: Place, run: str | None, *, include_superseded: bool 
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One stored tensor."""
+    """One stored tensor; ``stored``, ``stored_bytes`` and ``base_step`` say how the remote keeps it, if one has it."""
 
     name: str
     dtype: str
@@ -33,6 +33,9 @@ class TensorRow:
     size_bytes: int
     ranks: tuple[int, ...]
     alias_of: str | None = None
+    stored: str | None = None
+    stored_bytes: int | None = None
+    base_step: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -42,6 +45,9 @@ class TensorRow:
             "size_bytes": self.size_bytes,
             "ranks": list(self.ranks),
             "alias_of": self.alias_of,
+            "stored": self.stored,
+            "stored_bytes": self.stored_bytes,
+            "base_step": self.base_step,
         }
 
 
@@ -60,22 +66,26 @@ def show_checkpoint(tiers: RunTiers, step: StepLike, *, only: str | None = None)
     """Everything the manifests say of one checkpoint; ``only`` is a pattern of tensor names."""
     record: Record = tiers.catalog().resolve(step)
     with CheckpointReader(record, tiers.local, tiers.remotes) as reader:
-        rows = _tensors(reader)
+        origins = provenance(tiers.remotes, record)
+        rows = _tensors(reader, origins)
     if only:
         rows = [row for row in rows if fnmatch.fnmatchcase(row.name, only)]
     summary = record.summary
     timing = timings.read(tiers.local, tiers.run, record.save_id) if tiers.local is not None else {}
-    info = replace(record.info(), stored_bytes=stored_bytes(tiers.remotes, record))
+    info = replace(record.info(), stored_bytes=origins.stored_bytes, base_step=origins.base_step)
     return Details(info, tuple(sorted(rows, key=lambda r: r.name)), dict(summary.versions), summary.num_nodes, timing)
 
 
-def _tensors(reader: CheckpointReader) -> list[TensorRow]:
+def _tensors(reader: CheckpointReader, origins: Provenance) -> list[TensorRow]:
     rows = []
     for name, meta in reader.tensors.items():
         pieces = reader.pieces(name)
         size_bytes = sum(piece.size_bytes for _, _, piece in pieces)
         ranks = tuple(sorted({rank for rank, _, _ in pieces}))
-        rows.append(TensorRow(name, meta.dtype, meta.shape, size_bytes, ranks))
+        row = TensorRow(name, meta.dtype, meta.shape, size_bytes, ranks)
+        if (origin := origins.tensors.get(name)) is not None:
+            row = replace(row, stored=origin.stored, stored_bytes=origin.stored_bytes, base_step=origin.base_step)
+        rows.append(row)
     by_name = {row.name: row for row in rows}
     for name, target in reader.aliases.items():
         row = by_name[target]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptstore.blob import open_blob_store
+from ckptstore.blob import between_processes, open_blob_store
 from ckptstore.blob.base import BlobStore
 from ckptstore.errors import CheckpointNotFoundError, ConfigError, NoStoreError
 from ckptstore.format.manifest import check_run_name
@@ -95,7 +95,7 @@ def open_place(store: str | None, remote: str | None = None, *, must_exist: bool
         raise ConfigError(f"--remote must be a URL, not {remote!r}", hint="s3://bucket/prefix")
     if must_exist and local is not None and not urls and not local.exists():
         raise NoStoreError(f"no store at {local.root}", hint="check the path; a store has a file ckptstore.json")
-    blobs = {url.partition("://")[0]: open_blob_store(url) for url in dict.fromkeys(urls)}
+    blobs = {url.partition("://")[0]: open_blob_store(between_processes(url)) for url in dict.fromkeys(urls)}
     if must_exist and local is None:
         for name, blob in blobs.items():
             if not RemoteTier(blob, "default", name).exists():

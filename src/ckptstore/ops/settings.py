@@ -69,9 +69,9 @@ class Settings:
             for name, value in _flat(_load(path), str(path)).items():
                 found[name] = Setting(name, value, str(path))
         for variable, text in environ.items():
-            name = _name_of(variable)
-            if name is not None and text:
-                found[name] = Setting(name, text if name in PLACES else _parsed(text), variable)
+            known = _name_of(variable)
+            if known is not None and text:
+                found[known] = Setting(known, text if known in PLACES else _parsed(text), variable)
         for setting in found.values():
             _check(setting)
         return cls(found)
@@ -118,7 +118,7 @@ def _name_of(variable: str) -> str | None:
     if not variable.startswith("CKPTSTORE_"):
         return None
     name = variable.removeprefix("CKPTSTORE_").lower().replace("__", ".")
-    return name if name in PLACES or name.partition(".")[0] in TABLES and "." in name else None
+    return name if name in PLACES or (name.partition(".")[0] in TABLES and "." in name) else None
 
 
 def _parsed(text: str) -> Any:

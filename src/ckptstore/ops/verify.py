@@ -186,7 +186,7 @@ def _remote(remote: RemoteTier, record: Record, read_data: bool) -> Iterator[_Yi
         frames = [placed(document, frame) for frame in document.frames]
         ends: dict[str, int] = {}
         for frame in frames:
-            for part in (frame, frame.base) if frame.base is not None else (frame,):
+            for part in frame.chain():
                 ends[part.pack] = max(ends.get(part.pack, 0), part.offset + part.length)
         gone = set()
         for pack, end in ends.items():
@@ -201,7 +201,7 @@ def _remote(remote: RemoteTier, record: Record, read_data: bool) -> Iterator[_Yi
             for index, chunk in zip(row, chunks, strict=True):
                 owners[frames[index]] = (piece.fqn, chunk.digest)
         reader = RemoteChunks([remote], record.summary.save_id)
-        for request in ranges(f for f in owners if f.pack not in gone and (f.base is None or f.base.pack not in gone)):
+        for request in ranges(f for f in owners if not any(part.pack in gone for part in f.chain())):
             try:
                 for frame, plain in reader.read_range(remote, request):
                     fqn, expected = owners[frame]

@@ -89,6 +89,35 @@ class BaseCache:
                 self._size_bytes -= len(self._held.popitem(last=False)[1])
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What a request brought, and the frames in it."""
+
+    request: Range
+    data: memoryview
+
+    def holds(self, frame: PlacedFrame) -> bool:
+        """Whether all of this frame's bytes are here."""
+        start, end = self.request.start, self.request.start + self.request.length
+        return frame.pack == self.request.pack and start <= frame.offset and frame.offset + frame.length <= end
+
+    def decode(
+        self,
+        frame: PlacedFrame,
+        plain: Mapping[PlacedFrame, memoryview | CkptError],
+        out: memoryview | None = None,
+    ) -> memoryview | CkptError:
+        """A frame that is here, given what it rests on; or what is wrong with either."""
+        base = plain[frame.base] if frame.base is not None else None
+        if isinstance(base, CkptError):
+            return base
+        try:
+            body = self.data[frame.offset - self.request.start :][: frame.length]
+            return codec.decode(body, size_bytes=frame.size_bytes, base=base, out=out)
+        except IntegrityError as error:
+            return error
+
+
 class RemoteChunks:
     """Chunks of one save, from whichever remote has them. Thread-safe.
 
@@ -196,7 +225,8 @@ class RemoteChunks:
     ) -> Iterator[tuple[PlacedFrame, memoryview | CkptError]]:
         """Every frame of one request, decoded or damaged on its own; the caller compares digests.
 
-        The bases of deltas are fetched in ranges too: they lie side by side, as the deltas do.
+        What frames rest on is taken from the same answer where it lies there, as a master does that its rounded copy
+        follows; the rest is fetched in ranges too: bases lie side by side, as the deltas do.
 
         Args:
             remote: Whom to ask.
@@ -206,40 +236,36 @@ class RemoteChunks:
         Raises:
             NotFoundError, IntegrityError, StorageError: nothing of this request can be had.
         """
+        inside = _Answer(request, memoryview(self._get(remote, request.pack, request.start, request.length)))
+        plain = self._bases_of(remote, request.frames, inside)
+        needed = {frame.base for frame in request.frames}
+        for frame in sorted(request.frames, key=lambda frame: len(list(frame.chain()))):
+            found = inside.decode(frame, plain, (outs or {}).get(frame))
+            if frame in needed:
+                plain[frame] = found
+            yield frame, found
+
+    def _bases_of(
+        self, remote: RemoteTier, frames: Sequence[PlacedFrame], inside: _Answer
+    ) -> dict[PlacedFrame, memoryview | CkptError]:
+        """What these frames rest on, decoded; without those that are among the frames themselves."""
         plain: dict[PlacedFrame, memoryview | CkptError] = {}
         absent: set[PlacedFrame] = set()
-        for frame in request.frames:
-            if frame.base is not None:
-                held = self._bases.get(frame.base.name)
-                if held is None:
-                    absent.add(frame.base)
-                else:
-                    plain[frame.base] = memoryview(held)
+        for base in {frame.base for frame in frames if frame.base is not None} - set(frames):
+            held = self._bases.get(base.name)
+            if held is not None:
+                plain[base] = memoryview(held)
+            elif inside.holds(base):
+                plain |= self._bases_of(remote, [base], inside)
+                plain[base] = inside.decode(base, plain)
+            else:
+                absent.add(base)
         for part in ranges(absent):
-            for base, found in self._cut(remote, part, {}, {}):
+            for base, found in self.read_range(remote, part):
                 plain[base] = found
                 if not isinstance(found, CkptError) and strong_digest(found) == base.name:
                     self._bases.put(base.name, bytes(found))
-        yield from self._cut(remote, request, plain, outs or {})
-
-    def _cut(
-        self,
-        remote: RemoteTier,
-        request: Range,
-        bases: Mapping[PlacedFrame, memoryview | CkptError],
-        outs: Mapping[PlacedFrame, memoryview],
-    ) -> Iterator[tuple[PlacedFrame, memoryview | CkptError]]:
-        data = memoryview(self._get(remote, request.pack, request.start, request.length))
-        for frame in request.frames:
-            base = bases[frame.base] if frame.base is not None else None
-            if isinstance(base, CkptError):
-                yield frame, base
-                continue
-            try:
-                body = data[frame.offset - request.start :][: frame.length]
-                yield frame, codec.decode(body, size_bytes=frame.size_bytes, base=base, out=outs.get(frame))
-            except IntegrityError as error:
-                yield frame, error
+        return plain
 
     def _base(self, remote: RemoteTier, frame: PlacedFrame) -> bytes | None:
         base = frame.base
@@ -248,7 +274,7 @@ class RemoteChunks:
         plain = self._bases.get(base.name)
         if plain is None:
             data = self._get(remote, base.pack, base.offset, base.length)
-            plain = bytes(codec.decode(data, size_bytes=base.size_bytes))
+            plain = bytes(codec.decode(data, size_bytes=base.size_bytes, base=self._base(remote, base)))
             if strong_digest(plain) != base.name:
                 raise IntegrityError(f"pack {base.pack} does not hold the base it should")
             self._bases.put(base.name, plain)

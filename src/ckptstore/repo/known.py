@@ -3,7 +3,12 @@
 Two questions: is this very chunk there (by digest), and is there a full chunk of the same place in the same tensor to
 take a difference against, with its plain bytes at hand on the local disk? Both are only answered from saves whose root
 manifest is committed on that remote, and only while the pack in question is still there: objects removed by somebody
-else must not spread into new saves.
+else must not spread into new saves. Nor are packs referred to that newer saves hardly need: they would be kept for
+little. What they still hold is sent again, into packs of its own kind, and they die with the saves that need them.
+
+When to take a new base. Differences grow as training moves away from the base. Sending one more is right as long as it
+costs less than a save has cost on average since the base, the base itself included: the mean then still falls. The
+first one that is larger is not sent; the chunk is, and is the new base.
 """
 
 from __future__ import annotations
@@ -11,7 +16,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +32,10 @@ _log = logging.getLogger("ckptstore.repo")
 
 #: How many committed saves are consulted, newest first: the latest, and one more in case it was a line of its own.
 RECENT_SAVES = 2
+#: A delta makes a restore read two frames: against its base it must save at least this share.
+DELTA_MUST_SAVE = 0.05
+#: A pack of which the consulted saves need less than this share is not referred to any more.
+MIN_LIVE_SHARE = 0.25
 #: Saves of another world size are consulted only up to this many ranks: one document each must be read.
 MAX_FOREIGN_RANKS = 64
 
@@ -56,10 +66,11 @@ class PlainChunk:
 
 @dataclass(frozen=True)
 class Base:
-    """A full chunk that a delta may refer to."""
+    """A full chunk that a delta may refer to, if the delta's frame has at most ``limit_bytes``."""
 
     frame: PlacedFrame
     plain: PlainChunk
+    limit_bytes: int
 
 
 class KnownChunks:
@@ -67,10 +78,13 @@ class KnownChunks:
 
     def __init__(self, remote: RemoteTier, distrust: Collection[str] = ()) -> None:
         self._remote = remote
-        self._frames: dict[tuple[str, int], PlacedFrame] = {}
+        self._frames: dict[tuple[str, int, bool], PlacedFrame] = {}
+        """By digest and size; derived frames apart, since only bf16 numbers may be read from them."""
         self._places: dict[tuple[object, ...], PlacedFrame] = {}
         self._plain: dict[str, PlainChunk] = {}
         self._pack_bytes: dict[str, int] = dict.fromkeys(distrust, 0)
+        self._live_bytes: Counter[str] = Counter()
+        self._order: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def gather(self, committed: list[RemoteSave], shards: list[ShardManifest], local: Mapping[str, Path]) -> None:
@@ -81,15 +95,22 @@ class KnownChunks:
             shards: What will be pushed.
             local: Checkpoint directories by save_id, whose plain bytes may serve as bases.
         """
+        self._order = {save.save_id: number for number, save in enumerate(committed)}
         recent = committed[-RECENT_SAVES:]
         summary = next((s.summary for s in shards if s.summary is not None), None)
         if summary is not None and summary.parent is not None:
             recent = [s for s in committed if s.save_id == summary.parent.save_id and s not in recent] + recent
         documents = [d for save in recent for d in self._documents(save, shards)]
-        owners = {pack_owner(d.packs[f.base.pack]) for d in documents for f in d.frames if f.base is not None}
+        owners = {pack_owner(list(placed(d, f).chain())[-1].pack) for d in documents for f in d.frames if f.base}
+        live = {(p.pack, p.offset): p.length for d in documents for p in _parts(d)}
+        for (pack, _), length in live.items():
+            self._live_bytes[pack] += length
         seen = {save.save_id for save in recent}
         bases = [s for s in committed if s.save_id in owners - seen and s.save_id in local]
-        for document in [d for save in bases for d in self._documents(save, shards)] + documents:
+        older = [d for save in bases for d in self._documents(save, shards)]
+        for pack in {pack for document in older for pack in document.packs}:
+            self._live_bytes[pack] += 0
+        for document in older + documents:
             self.add(document, local.get(document.shard.save_id))
 
     def add(self, document: RemoteShard, path: Path | None) -> None:
@@ -99,48 +120,83 @@ class KnownChunks:
         for piece, row, chunks in zip(shard.pieces, document.chunks, chunks_of(shard), strict=True):
             for index, chunk in zip(row, chunks, strict=True):
                 frame = frames[index]
-                self._frames[chunk.digest, chunk.size_bytes] = frame
+                self._frames[chunk.digest, chunk.size_bytes, frame.codec == "derived"] = frame
                 self._places[_place(shard, piece, chunk.index)] = frame
                 if path is not None:
                     self._plain[frame.name] = PlainChunk(path / shard.file, chunk)
 
-    def find(self, chunk: Chunk) -> PlacedFrame | None:
-        """A frame of exactly this chunk, on the remote."""
-        frame = self._frames.get((chunk.digest, chunk.size_bytes))
-        return frame if frame is not None and self._is_there(frame) else None
+    def find(self, chunk: Chunk, dtype: str) -> PlacedFrame | None:
+        """A frame of exactly this chunk, on the remote and worth keeping there."""
+        for is_derived in (False, True) if dtype == "bfloat16" else (False,):
+            frame = self._frames.get((chunk.digest, chunk.size_bytes, is_derived))
+            if frame is not None and all(self._is_worth_keeping(part.pack) for part in frame.chain()):
+                return frame if self._is_there(frame) else None
+        return None
+
+    def is_settled(self, chunk: Chunk) -> bool:
+        """Whether a save that was consulted has this very chunk: it has not changed for a while, and may never."""
+        return any((chunk.digest, chunk.size_bytes, is_derived) in self._frames for is_derived in (False, True))
 
     def base_for(self, shard: ShardManifest, piece: Piece, chunk: Chunk) -> Base | None:
-        """The full chunk that this one's predecessor is, or refers to; so a delta never rests on a delta."""
+        """The full chunk that this one's predecessor is, or is a delta against; so a delta never rests on a delta."""
         frame = self._places.get(_place(shard, piece, chunk.index))
-        if frame is None:
+        if frame is None or frame.codec == "derived":
             return None
         full = frame.base if frame.base is not None else frame
         plain = self._plain.get(full.name)
-        if plain is None or full.size_bytes != chunk.size_bytes or not self._is_there(full):
+        if plain is None or full.size_bytes != chunk.size_bytes:
             return None
-        return Base(full, plain)
+        if not self._is_worth_keeping(full.pack) or not self._is_there(full):
+            return None
+        return Base(full, plain, self._delta_limit(full, frame))
+
+    def _delta_limit(self, full: PlacedFrame, newest: PlacedFrame) -> int:
+        """Largest delta against ``full`` worth sending: the mean cost of a save since, ``full`` included.
+
+        The deltas since are taken to be as large as the newest one, which overrates them a little.
+        """
+        limit = (1 - DELTA_MUST_SAVE) * full.length
+        if newest is not full:
+            owner = pack_owner(full.pack)
+            num_deltas = len(self._order) - 1 - self._order.get(owner or "", -1)
+            limit = min(limit, (full.length + num_deltas * newest.length) / (num_deltas + 1))
+        return int(limit)
 
     def holds_all(self, document: RemoteShard) -> bool:
         """Whether every pack this document refers to is there, as far as it does."""
         ends: dict[str, PlacedFrame] = {}
-        for frame in (placed(document, f) for f in document.frames):
-            for part in (frame, frame.base) if frame.base is not None else (frame,):
-                if part.pack not in ends or part.offset + part.length > ends[part.pack].offset + ends[part.pack].length:
-                    ends[part.pack] = replace(part, base=None)
+        for part in _parts(document):
+            if part.pack not in ends or part.offset + part.length > ends[part.pack].offset + ends[part.pack].length:
+                ends[part.pack] = replace(part, base=None)
         with ThreadPoolExecutor(_HEADS_IN_FLIGHT) as pool:
             return all(pool.map(self._is_there, ends.values()))
 
+    def distrust(self, packs: Collection[str]) -> None:
+        """Refer to none of these packs from now on."""
+        with self._lock:
+            self._pack_bytes.update(dict.fromkeys(packs, 0))
+
+    def look_again(self) -> None:
+        """Believe nothing about which packs are there that was asked before now."""
+        with self._lock:
+            self._pack_bytes = {pack: 0 for pack, size in self._pack_bytes.items() if size == 0}
+
     def _is_there(self, frame: PlacedFrame) -> bool:
-        for part in (frame, frame.base) if frame.base is not None else (frame,):
-            size_bytes = self._pack_bytes.get(part.pack)
-            if size_bytes is None:
-                info = self._remote.head_pack(part.pack)
-                size_bytes = info.size_bytes if info is not None else 0
-                with self._lock:
-                    self._pack_bytes[part.pack] = size_bytes
-            if part.offset + part.length > size_bytes:
-                return False
-        return True
+        return all(part.offset + part.length <= self._size_of(part.pack) for part in frame.chain())
+
+    def _is_worth_keeping(self, pack: str) -> bool:
+        """Whether the saves that were consulted need enough of this pack; one that this push has sent always is."""
+        live_bytes = self._live_bytes.get(pack)
+        return live_bytes is None or live_bytes >= MIN_LIVE_SHARE * self._size_of(pack)
+
+    def _size_of(self, pack: str) -> int:
+        size_bytes = self._pack_bytes.get(pack)
+        if size_bytes is None:
+            info = self._remote.head_pack(pack)
+            size_bytes = info.size_bytes if info is not None else 0
+            with self._lock:
+                self._pack_bytes[pack] = size_bytes
+        return size_bytes
 
     def _documents(self, save: RemoteSave, shards: list[ShardManifest]) -> list[RemoteShard]:
         try:
@@ -158,6 +214,12 @@ class KnownChunks:
                 "save %s on %s is damaged, so nothing is taken from it: %s", save.save_id, self._remote.name, error
             )
             return []
+
+
+def _parts(document: RemoteShard) -> Iterator[PlacedFrame]:
+    """Every frame this document refers to, bases included."""
+    for frame in document.frames:
+        yield from placed(document, frame).chain()
 
 
 def _place(shard: ShardManifest, piece: Piece, index: int) -> tuple[object, ...]:

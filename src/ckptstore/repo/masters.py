@@ -50,10 +50,12 @@ def _sample(fd: int, piece: Piece, width: int) -> bytes:
     count = piece.size_bytes // width
     last = max(0, count - _RUN_ELEMENTS)
     starts = sorted({last * run // (_RUNS - 1) for run in range(_RUNS)})
+    size = _RUN_ELEMENTS * width
     try:
-        return b"".join(os.pread(fd, _RUN_ELEMENTS * width, piece.start + start * width) for start in starts)
+        runs = [os.pread(fd, size, piece.start + start * width) for start in starts]
     except OSError:
         return b""
+    return b"".join(runs) if all(len(run) == size for run in runs) else b""
 
 
 def _common_parts(one: str, other: str) -> int:

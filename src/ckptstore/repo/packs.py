@@ -2,8 +2,10 @@
 
 A *chunk* is a slice of a piece in a shard file; a *frame* is that chunk as encoded; a *pack* is an immutable object of
 frames back to back. A frame may rest on another one: a delta on a full frame, a derived one on its fp32 master's frame,
-full or delta; never on more. So a chain has three frames at most, and deltas never rest on deltas. Everything here is arithmetic over documents that may have been tampered with, so nothing is read,
-allocated or seeked to before it was bounded.
+full or delta; never on more. So a chain has three frames at most, and deltas never rest on deltas.
+
+Everything here is arithmetic over documents that may have been tampered with, so nothing is read, allocated or seeked
+to before it was bounded.
 """
 
 from __future__ import annotations
@@ -201,23 +203,32 @@ def ranges(frames: Iterable[PlacedFrame], *, max_bytes: int = RANGE_BYTES) -> It
     """Requests that together hold all these frames: neighbours share one, none is much larger than ``max_bytes``.
 
     Also bounded by the plain bytes they decode to (twice ``max_bytes``), so that small frames of large chunks don't
-    pile up in memory.
+    pile up in memory. A derived frame right behind its master comes with it: neither is of use alone.
     """
     held: list[PlacedFrame] = []
     start = end = plain = 0
-    for frame in sorted(set(frames), key=lambda f: (f.pack, f.offset, f.length, f.name)):
+    for begin, frame in sorted(((_begin(f), f) for f in set(frames)), key=lambda p: (p[1].pack, p[0], p[1].offset)):
         frame_end = frame.offset + frame.length
         if held and not (
             frame.pack == held[0].pack
-            and frame.offset - end <= RANGE_GAP_BYTES
+            and begin - end <= RANGE_GAP_BYTES
             and max(end, frame_end) - start <= max_bytes
             and plain + frame.size_bytes <= 2 * max_bytes
         ):
             yield Range(held[0].pack, start, end - start, tuple(held))
             held = []
         if not held:
-            start, end, plain = frame.offset, frame_end, 0
+            start, end, plain = begin, frame_end, 0
         held.append(frame)
         end, plain = max(end, frame_end), plain + frame.size_bytes
     if held:
         yield Range(held[0].pack, start, end - start, tuple(held))
+
+
+def _begin(frame: PlacedFrame) -> int:
+    """Where to begin reading for this frame."""
+    base = frame.base
+    if frame.codec != "derived" or base is None or base.pack != frame.pack:
+        return frame.offset
+    gap = frame.offset - (base.offset + base.length)
+    return base.offset if 0 <= gap <= RANGE_GAP_BYTES else frame.offset

@@ -8,14 +8,16 @@ The listing of ``commits/`` is the only catalogue.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import Literal
 
 from blake3 import blake3
 from pydantic import Field
 
 from ckptstore.blob.base import BlobStore, Buffer, ObjectInfo
+from ckptstore.clock import SYSTEM_CLOCK, Clock
 from ckptstore.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -24,8 +26,10 @@ from ckptstore.errors import (
     FormatError,
     IncompleteCheckpointError,
     IntegrityError,
+    LockedError,
     NoStoreError,
     NotFoundError,
+    StorageError,
 )
 from ckptstore.format.manifest import (
     FORMAT,
@@ -44,13 +48,24 @@ from ckptstore.format.manifest import (
     strong_digest,
 )
 from ckptstore.repo import names
+from ckptstore.repo.condemned import CondemnedList, list_name, parse_list_name
 from ckptstore.repo.packs import check_remote_shard, pack_name
-from ckptstore.repo.remote_names import MARKER, RemoteSave, parse_shard_name, shard_key
+from ckptstore.repo.remote_names import (
+    MARKER,
+    RemoteSave,
+    intent_key,
+    parse_intent_name,
+    parse_shard_key,
+    parse_shard_name,
+    shard_key,
+)
 
 __all__ = ["MARKER", "RemoteSave", "RemoteTier", "runs"]
 
 #: Remote shard manifests remembered per remote; a node with 8 ranks needs 16 to know its last two saves.
 CACHED_SHARDS = 32
+#: A save that takes long says so this often: gc takes an intent nobody has renewed for days for one of the dead.
+RENEW_SECONDS = 3600.0
 
 
 class Marker(Document):
@@ -77,15 +92,19 @@ class RemoteTier:
         blob: The store; retries and throttling are its wrappers' business.
         run: The run; it need not exist yet.
         name: What users call this remote.
+        clock: Tells when an intent has to be renewed.
     """
 
-    def __init__(self, blob: BlobStore, run: str, name: str) -> None:
+    def __init__(self, blob: BlobStore, run: str, name: str, clock: Clock = SYSTEM_CLOCK) -> None:
         self.blob = blob
         self.run = check_run_name(run)
         self.name = name
         self._prefix = f"runs/{run}/"
         self._is_created = False
+        self._clock = clock
         self._cache: dict[str, RemoteShard] = {}
+        self._renewed: dict[str, float] = {}
+        self._lists: dict[str, frozenset[str]] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -234,15 +253,83 @@ class RemoteTier:
 
     def put_intent(self, save_id: str) -> bool:
         """Announce a save before its first pack, so that gc leaves it alone; whether we are the first to do so."""
-        body = canonical({"format": FORMAT, "version": FORMAT_VERSION, "save_id": save_id})
         try:
-            self.blob.put(f"{self._prefix}intents/{save_id}.json", body, if_absent=True)
+            self.blob.put(self._prefix + intent_key(save_id), _intent(save_id), if_absent=True)
         except CheckpointExistsError:
             return False
+        with self._lock:
+            self._renewed[save_id] = self._clock.monotonic()
         return True
 
+    def renew_intent(self, save_id: str) -> None:
+        """Say that this save is still under way; free unless that was last said long ago."""
+        now = self._clock.monotonic()
+        with self._lock:
+            if now - self._renewed.get(save_id, -RENEW_SECONDS) < RENEW_SECONDS:
+                return
+            self._renewed[save_id] = now
+        self.blob.put(self._prefix + intent_key(save_id), _intent(save_id))
+
+    def holds_intent(self, save_id: str) -> bool:
+        """Whether this save's intent is there."""
+        return self.blob.head(self._prefix + intent_key(save_id)) is not None
+
+    def intents(self) -> dict[str, datetime]:
+        """Saves under way, with the server's time of their last word; one LIST.
+
+        Raises:
+            StorageError: the server does not tell times.
+        """
+        prefix = f"{self._prefix}intents/"
+        found: dict[str, datetime] = {}
+        for info in self.blob.list(prefix):
+            save_id = parse_intent_name(info.key.removeprefix(prefix))
+            if save_id is not None:
+                found[save_id] = modified(info)
+        return found
+
+    def condemned(self) -> frozenset[str]:
+        """Keys that gc may be deleting, or has deleted while saves were under way; one LIST, a GET for each new list.
+
+        Raises:
+            FormatError: a list is damaged.
+        """
+        prefix = f"{self._prefix}condemned/"
+        ids = [parse_list_name(info.key.removeprefix(prefix)) for info in self.blob.list(prefix)]
+        lists: dict[str, frozenset[str]] = {}
+        for list_id in ids:
+            if list_id is None:
+                continue
+            if list_id not in self._lists:
+                try:
+                    lists[list_id] = frozenset(self.condemned_list(list_id).keys)
+                except NoStoreError:
+                    raise
+                except NotFoundError:
+                    continue  # taken back since it was listed, so no save that is under way needs it
+            else:
+                lists[list_id] = self._lists[list_id]
+        self._lists = lists
+        return frozenset[str]().union(*lists.values())
+
+    def condemned_list(self, list_id: str) -> CondemnedList:
+        """One list of what gc will delete."""
+        what = f"condemned list {list_id} on {self.name}"
+        data = self._get(f"condemned/{list_name(list_id)}", MAX_MANIFEST_BYTES)
+        found = CondemnedList.decode(data, what=what)
+        if found.run != self.run:
+            raise FormatError(f"{what} is about run {found.run}, not {self.run}", tier=self.name)
+        return found
+
     def put_pack(
-        self, save_id: str, rank: int, data: Buffer, *, look_first: bool, distrust: Collection[str] = ()
+        self,
+        save_id: str,
+        rank: int,
+        data: Buffer,
+        *,
+        look_first: bool,
+        distrust: Collection[str] = (),
+        avoid: Collection[str] = (),
     ) -> tuple[str, int]:
         """Send one pack, named by its content, unless it is there.
 
@@ -252,11 +339,14 @@ class RemoteTier:
             data: The frames, back to back.
             look_first: Ask before sending: an earlier attempt may have sent it.
             distrust: Keys of packs known to be damaged, which are replaced.
+            avoid: Keys that gc may delete at any moment: the same bytes get another name.
 
         Returns:
             Its key below the run's prefix, and the bytes sent (0 when it was there).
         """
-        name = pack_name(save_id, rank, blake3(data).hexdigest())
+        hasher = blake3(data)
+        while (name := pack_name(save_id, rank, hasher.hexdigest())) in avoid:
+            hasher.update(b"again")
         key = self._prefix + name
         size_bytes = memoryview(data).nbytes
         if name in distrust:
@@ -306,21 +396,27 @@ class RemoteTier:
             return earlier
         return document
 
-    def try_commit(self, save_id: str, known: Iterable[ShardManifest] = ()) -> RootManifest | None:
+    def try_commit(
+        self, save_id: str, known: Iterable[ShardManifest] = (), *, avoid: Collection[str] | None = None
+    ) -> RootManifest | None:
         """Commit the save if the shard manifests of all its ranks are here; one LIST, of this save's shards.
 
-        Whoever finds them complete commits, and all who do write the same bytes.
+        Whoever finds them complete commits, and all who do write the same bytes. Each has made sure beforehand that its
+        own shard manifests name nothing condemned; that none of the others' is about to be deleted is looked up here.
 
         Args:
             save_id: The save.
             known: Shard manifests the caller has put itself; they are not read again.
+            avoid: What :meth:`condemned` said just now, while the intent was there; None: it is asked here.
 
         Returns:
             The committed root manifest, or None while ranks are missing.
 
         Raises:
             ConflictError: another root manifest was committed under this name.
+            LockedError: gc is about to remove an abandoned attempt at this save; it can be sent again after that.
         """
+        self.renew_intent(save_id)
         prefix = f"{self._prefix}shards/{save_id}/"
         ranks = (parse_shard_name(info.key.removeprefix(prefix)) for info in self.blob.list(prefix))
         listed = {rank for rank in ranks if rank is not None}
@@ -334,6 +430,7 @@ class RemoteTier:
         if not shards or len(shards) < next(iter(shards.values())).world_size:
             return None
         root = self._root_of(save_id, shards)
+        self._check_not_condemned(save_id, avoid)
         save = RemoteSave.of(root.summary)
         self._create_once(self._prefix + save.summary_key, root.summary.encode())
         self._create_once(self._prefix + save.key, root.encode())
@@ -348,13 +445,48 @@ class RemoteTier:
             return
 
     def delete(self, save: RemoteSave) -> None:
-        """Take the commit point away, then the summary: the save is gone at once, its packs are left to gc. Idempotent.
+        """Take the commit point away, then summary and shard manifests: the save is gone at once. Idempotent.
+
+        Its packs may be referred to by others and are left to gc.
 
         Raises:
             CredentialsError: without the right to delete.
         """
         self.blob.delete([self._prefix + save.key])
         self.blob.delete([self._prefix + save.summary_key])
+        prefix = f"{self._prefix}shards/{save.save_id}/"
+        found = [info.key for info in self.blob.list(prefix)]
+        ours = [key for key in found if parse_shard_name(key.removeprefix(prefix)) is not None]
+        if ours:
+            self.blob.delete(ours)
+
+    # --- for gc: exact keys of this run, and what lies under them
+
+    def list_keys(self, folder: str) -> dict[str, ObjectInfo]:
+        """Objects below one folder of the run, by key below the run's prefix; foreign names too."""
+        found = self.blob.list(f"{self._prefix}{folder}/")
+        return {info.key.removeprefix(self._prefix): info for info in found}
+
+    def has(self, key: str) -> bool:
+        """Whether this key of the run is there: asked of the object itself, not of a listing."""
+        return self.blob.head(self._prefix + key) is not None
+
+    def create_document(self, key: str, data: bytes) -> None:
+        """Write a document of gc once."""
+        self._create_once(self._prefix + key, data)
+
+    def remove_keys(self, keys: Sequence[str]) -> None:
+        """Delete exactly these keys of the run; absent ones are fine."""
+        self.blob.delete([self._prefix + key for key in keys])
+
+    def shard_at(self, key: str) -> RemoteShard | None:
+        """The remote shard manifest under this key; None when it is proven absent.
+
+        Raises:
+            FormatError: it is damaged.
+        """
+        parsed = parse_shard_key(key)
+        return None if parsed is None else self.find_shard(*parsed)
 
     # --- timelines and pins
 
@@ -388,6 +520,22 @@ class RemoteTier:
         return {name for name in found if names.is_save_id(name)}
 
     # --- inside
+
+    def _check_not_condemned(self, save_id: str, avoid: Collection[str] | None) -> None:
+        """Make sure that gc leaves this save's shard manifests alone from now on.
+
+        With the intent there, gc's next look spares them; a look before that has been announced in a list.
+        """
+        if avoid is None:
+            self.put_intent(save_id)
+            avoid = self.condemned()
+        mine = f"shards/{save_id}/"
+        if any(key.startswith(mine) for key in avoid):
+            raise LockedError(
+                f"gc on {self.name} is about to remove an abandoned attempt at save {save_id}",
+                hint="it is sent again after the next `ckptctl gc`",
+                tier=self.name,
+            )
 
     def _get(self, name: str, max_bytes: int) -> bytes:
         return self.blob.get(self._prefix + name, max_bytes=max_bytes)
@@ -430,3 +578,18 @@ class RemoteTier:
                 tier=self.name,
                 step=save.step,
             )
+
+
+def modified(info: ObjectInfo) -> datetime:
+    """The server's time of an object: the only clock gc trusts.
+
+    Raises:
+        StorageError: the server does not tell.
+    """
+    if info.modified is None:
+        raise StorageError(f"the server does not tell when {info.key} was written", key=info.key)
+    return info.modified
+
+
+def _intent(save_id: str) -> bytes:
+    return canonical({"format": FORMAT, "version": FORMAT_VERSION, "save_id": save_id})

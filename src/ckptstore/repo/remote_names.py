@@ -11,6 +11,8 @@ Below the store's prefix::
     runs/<run>/commits/<timeline>-<step>-<save_id>.json          root manifest: THE commit point
     runs/<run>/timelines/<number>.json
     runs/<run>/pins/<save_id>
+    runs/<run>/condemned/<id>.json, <id>.swept.json              what gc will delete, and what it has deleted
+    gc/lease-<part>-of-<parts>-<epoch>.json                      who collects now
 
 Names that don't follow this grammar are somebody else's: never read, never deleted.
 """
@@ -69,6 +71,27 @@ class RemoteSave:
 def shard_key(save_id: str, rank: int) -> str:
     """Key of a remote shard manifest below the run's prefix."""
     return f"shards/{save_id}/shard-{rank:05d}.json"
+
+
+def parse_shard_key(key: str) -> tuple[str, int] | None:
+    """save_id and rank of a remote shard manifest below the run's prefix, or None for foreign names."""
+    folder, _, rest = key.partition("/")
+    save_id, _, name = rest.partition("/")
+    rank = parse_shard_name(name)
+    if folder != "shards" or rank is None or re.fullmatch(SAVE_ID_PATTERN, save_id) is None:
+        return None
+    return save_id, rank
+
+
+def intent_key(save_id: str) -> str:
+    """Key of an intent below the run's prefix."""
+    return f"intents/{save_id}.json"
+
+
+def parse_intent_name(name: str) -> str | None:
+    """The save whose intent has this name, or None for foreign names."""
+    save_id = name.removesuffix(".json")
+    return save_id if name.endswith(".json") and re.fullmatch(SAVE_ID_PATTERN, save_id) else None
 
 
 def parse_shard_name(name: str) -> int | None:

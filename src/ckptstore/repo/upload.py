@@ -1,8 +1,10 @@
 """push: a committed local checkpoint becomes a committed remote one.
 
 Per shard: chunks that a committed save of this remote holds already are referenced; the others are read from the local
-file, checked against their digest, encoded, decoded again to be sure, and packed. When all packs of a shard are
-confirmed its remote shard manifest is created, and whoever sees those of all ranks commits.
+file, checked against their digest, encoded, decoded again to be sure, and packed. A bf16 chunk goes right behind its
+fp32 master, if that is in the same shard, and costs nothing where it is the master rounded. When all packs of a shard
+are confirmed its remote shard manifest is created. Then what gc has condemned meanwhile is sent again (see
+:mod:`ckptstore.repo.condemned` for why that is enough), and whoever sees the shard manifests of all ranks commits.
 
 May be killed, repeated, run twice at once, and run by several nodes for their own ranks: every name is content-named
 or created once, so a second attempt finds what the first one sent.
@@ -12,27 +14,34 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptstore import codec
 from ckptstore.config import StoreConfig
-from ckptstore.errors import ConflictError, FormatError, IncompleteCheckpointError, IntegrityError, NotFoundError
-from ckptstore.format.manifest import RootManifest, ShardManifest, digest, ref_of, strong_digest
+from ckptstore.errors import (
+    ConflictError,
+    FormatError,
+    IncompleteCheckpointError,
+    IntegrityError,
+    NotFoundError,
+    TransientError,
+)
+from ckptstore.format.manifest import RemoteShard, RootManifest, ShardManifest, digest, ref_of, strong_digest
 from ckptstore.repo.durable import READ_FLAGS, raise_for_errno
-from ckptstore.repo.known import KnownChunks
+from ckptstore.repo.known import Base, KnownChunks
 from ckptstore.repo.local import LocalTier
+from ckptstore.repo.masters import find_masters
 from ckptstore.repo.packs import Chunk, FrameTable, PlacedFrame, chunks_of
 from ckptstore.repo.progress import Meter, ProgressCallback
 from ckptstore.repo.remote import RemoteTier
 
-#: A delta that saves less than this against its full base is not worth a second read at restore: the chunk is sent in
-#: full and becomes the base of those that follow.
-DELTA_MUST_SAVE = 0.2
+#: How often a push sends again what gc has condemned meanwhile, before it gives up for now.
+MAX_ROUNDS = 5
 
 _ENCODERS = min(4, os.cpu_count() or 1)
 
@@ -46,6 +55,7 @@ class PushResult:
         stored_bytes: bytes this save added to the remote for them, in this push or an earlier attempt.
         sent_bytes: pack bytes this push sent.
         reused_bytes: tensor bytes that were referenced instead of sent.
+        bytes_by_codec: codec -> (tensor bytes, frame bytes) of what this push encoded.
         committed: the root manifest once the save is committed on this remote; None while other ranks are missing.
         is_cancelled: stopped on request; the next push goes on from there.
     """
@@ -56,6 +66,7 @@ class PushResult:
     reused_bytes: int
     committed: RootManifest | None
     is_cancelled: bool = False
+    bytes_by_codec: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def push(
@@ -101,27 +112,27 @@ def push(
     root = remote.root_manifest(done) if done is not None else None
     if root is not None:
         _check_ours(remote, shards, root)
-    is_resumed = root is not None or not remote.put_intent(save_id)
+    # Before anything is looked up: what gc deletes from now on, it has announced to those whose intent is there.
+    is_resumed = not remote.put_intent(save_id) or root is not None
     known = KnownChunks(remote, distrust)
     job = _Push(path, remote, config, known, meter, cancelled or _never, distrust)
     try:
         left = [shard for shard in shards if not (is_resumed and job.is_there(shard))]
         if left:
-            if root is not None:
-                remote.put_intent(save_id)  # what is sent again needs gc's respect as much as it did the first time
             here = {s.save_id: s.path for s in tier.saves(run) if s.state == "complete" and s.save_id != save_id}
             known.gather([save for save in committed if save != done], shards, here)
         for shard in left:
             job.send(shard)
+        job.settle(shards)
     except _CancelledError:
-        return PushResult(meter.plain_total, job.stored_bytes, meter.sent_bytes, job.reused_bytes, None, True)
+        return job.result(None, is_cancelled=True)
     meter.add(stage="commit")
     if root is None:
-        root = remote.try_commit(save_id, shards)
+        root = remote.try_commit(save_id, shards, avoid=job.avoid)
     else:
         remote.forget_intent(save_id)  # an earlier attempt may have died between the commit and this
     meter.add(stage="done")
-    return PushResult(meter.plain_total, job.stored_bytes, meter.sent_bytes, job.reused_bytes, root)
+    return job.result(root)
 
 
 def _check_ours(remote: RemoteTier, shards: list[ShardManifest], root: RootManifest) -> None:
@@ -147,12 +158,26 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A chunk that is not there yet; ``base`` is the frame a delta refers to."""
+    """A chunk that is not there yet.
+
+    Attributes:
+        base: the frame a delta rests on.
+        is_settled: it has not changed lately, and lies apart from chunks that do.
+    """
 
     frame: bytes
     codec: str
     name: str
-    base: PlacedFrame | None
+    base: PlacedFrame | None = None
+    is_settled: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One chunk to deal with, and the one it may be the rounding of."""
+
+    chunk: Chunk
+    master: Chunk | None = None
 
 
 class _Push:
@@ -175,10 +200,25 @@ class _Push:
         self.meter = meter
         self._cancelled = cancelled
         self.distrust = distrust
+        self.avoid: frozenset[str] = frozenset()
+        self._documents: dict[int, RemoteShard] = {}
         self._replace: set[int] = set()
         self.is_first = True
         self.reused_bytes = 0
         self.stored_bytes = 0
+        self._by_codec: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def result(self, root: RootManifest | None, *, is_cancelled: bool = False) -> PushResult:
+        """What was done."""
+        return PushResult(
+            plain_bytes=self.meter.plain_total,
+            stored_bytes=self.stored_bytes,
+            sent_bytes=self.meter.sent_bytes,
+            reused_bytes=self.reused_bytes,
+            committed=root,
+            is_cancelled=is_cancelled,
+            bytes_by_codec={name: (plain, stored) for name, (plain, stored) in sorted(self._by_codec.items())},
+        )
 
     def is_there(self, shard: ShardManifest) -> bool:
         """Whether an earlier attempt has sent this shard, and all it needs is still there."""
@@ -195,6 +235,7 @@ class _Push:
             return False
         self.meter.add(plain=sum(piece.size_bytes for piece in shard.pieces))
         self.stored_bytes += earlier.stored_bytes
+        self._documents[shard.rank] = earlier
         self._known.add(earlier, None)
         self.remote.remember_shard(earlier, strong_digest(shard.encode()))
         return True
@@ -205,13 +246,42 @@ class _Push:
             frames, chunks = self._frames(shard, fd, packs)
             keys = packs.finish()
         table = FrameTable()
-        indices = [table.add(replace(f, pack=keys[int(f.pack)]) if f.pack.isdecimal() else f) for f in frames]
+        indices = [table.add(_named(frame, keys)) for frame in frames]
         rows = [[indices[number] for number in row] for row in chunks]
         document = table.remote_shard(shard, rows, packs.size_bytes)
         document = self.remote.put_shard(document, replace=shard.rank in self._replace)
+        self._documents[shard.rank] = document
         self.stored_bytes += document.stored_bytes
         self._known.add(document, None)
         self.remote.remember_shard(document, strong_digest(shard.encode()))
+
+    def settle(self, shards: list[ShardManifest]) -> None:
+        """Send again what gc has condemned or deleted since it was looked up, until nothing we refer to is.
+
+        Raises:
+            TransientError: gc condemns faster than we send.
+        """
+        save_id = shards[0].save_id
+        for _ in range(MAX_ROUNDS):
+            if self.remote.put_intent(save_id):
+                # Ours was taken for dead, and with it what we had sent.
+                self._known.look_again()
+                doubtful = {rank for rank, document in self._documents.items() if not self._known.holds_all(document)}
+            else:
+                doubtful = set()
+            self.avoid = self.remote.condemned()
+            self._known.distrust(self.avoid)
+            again = [
+                shard
+                for shard in shards
+                if shard.rank in doubtful or not self.avoid.isdisjoint(self._documents[shard.rank].packs)
+            ]
+            if not again:
+                return
+            self._replace.update(shard.rank for shard in again)
+            for shard in again:
+                self.send(shard)
+        raise TransientError(f"gc on {self.remote.name} condemns what save {save_id} refers to again and again")
 
     def _frames(self, shard: ShardManifest, fd: int, packs: _Packs) -> tuple[list[PlacedFrame], list[list[int]]]:
         """All distinct frames of the shard, and for each piece's chunks the number of its frame.
@@ -219,29 +289,38 @@ class _Push:
         The pack of a new frame is its number as text until the pack is closed and has a name.
         """
         frames: list[PlacedFrame] = []
-        numbers: dict[str, int] = {}
+        numbers: dict[tuple[str, bool], int] = {}
         rows: list[list[int]] = [[] for _ in shard.pieces]
         with closing(self._encoded(shard, fd)) as encoded:
-            for chunk, result in encoded:
-                number = numbers.get(result.name)
+            for job, result in encoded:
+                chunk, is_new = job.chunk, isinstance(result, _Encoded)
+                # Derived frames apart: equal bytes may be numbers of another dtype, which must not rest on these.
+                key = (result.name, result.codec == "derived")
+                number = numbers.get(key)
                 if number is None:
-                    number = numbers[result.name] = len(frames)
-                    frames.append(packs.add(result, chunk) if isinstance(result, _Encoded) else result)
-                if not isinstance(result, _Encoded):
+                    number = numbers[key] = len(frames)
+                    if isinstance(result, _Encoded):
+                        if result.codec == "derived" and job.master is not None:
+                            result = replace(result, base=frames[rows[job.master.piece][job.master.index]])
+                        result = packs.add(result, chunk)
+                        self._by_codec[result.codec][0] += chunk.size_bytes
+                        self._by_codec[result.codec][1] += result.length
+                    frames.append(result)
+                if not is_new:
                     self.reused_bytes += chunk.size_bytes
                 rows[chunk.piece].append(number)
                 self.meter.add(plain=chunk.size_bytes)
         return frames, rows
 
-    def _encoded(self, shard: ShardManifest, fd: int) -> Generator[tuple[Chunk, _Encoded | PlacedFrame], None, None]:
-        """Every chunk of the shard in file order, referenced or encoded; a window of them is worked on at once."""
-        chunks = iter([chunk for row in chunks_of(shard) for chunk in row])
-        window: deque[tuple[Chunk, Future[_Encoded | PlacedFrame]]] = deque()
+    def _encoded(self, shard: ShardManifest, fd: int) -> Generator[tuple[_Job, _Encoded | PlacedFrame], None, None]:
+        """Every chunk of the shard in sending order, referenced or encoded; a window of them is worked on at once."""
+        jobs = self._jobs(shard, fd)
+        window: deque[tuple[_Job, Future[_Encoded | PlacedFrame]]] = deque()
         with ThreadPoolExecutor(_ENCODERS, "ckptstore-encode") as pool:
             try:
                 while True:
-                    while len(window) <= 2 * _ENCODERS and (chunk := next(chunks, None)) is not None:
-                        window.append((chunk, pool.submit(self._one, shard, fd, chunk)))
+                    while len(window) <= 2 * _ENCODERS and (job := next(jobs, None)) is not None:
+                        window.append((job, pool.submit(self._one, shard, fd, job)))
                     if not window:
                         return
                     if self._cancelled():
@@ -251,11 +330,67 @@ class _Push:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _one(self, shard: ShardManifest, fd: int, chunk: Chunk) -> _Encoded | PlacedFrame:
+    def _jobs(self, shard: ShardManifest, fd: int) -> Iterator[_Job]:
+        """The chunks in file order, but those that may be roundings right behind their masters."""
+        rows = chunks_of(shard)
+        masters = find_masters(shard, fd) if self.config.compress else {}
+        copies: defaultdict[int, list[int]] = defaultdict(list)
+        for copy, master in masters.items():
+            copies[master].append(copy)
+        for number, row in enumerate(rows):
+            if number not in masters:
+                for chunk in row:
+                    yield _Job(chunk)
+                    yield from (_Job(rows[copy][chunk.index], chunk) for copy in copies[number])
+
+    def _one(self, shard: ShardManifest, fd: int, job: _Job) -> _Encoded | PlacedFrame:
         """Refer to this chunk, or read, check and encode it. Runs in the pool."""
-        there = self._known.find(chunk)
+        chunk = job.chunk
+        piece = shard.pieces[chunk.piece]
+        dtype = shard.tensors[piece.fqn].dtype
+        there = self._known.find(chunk, dtype)
         if there is not None:
             return there
+        plain = self._read(shard, fd, chunk)
+        encoded, base, base_plain = self._encode(shard, fd, job, plain)
+        again = codec.decode(encoded.frame, size_bytes=len(plain), base=base_plain)
+        if again != plain:
+            raise IntegrityError(f"{piece.fqn}: codec {encoded.codec} does not return what it was given", key=piece.fqn)
+        return _Encoded(
+            frame=encoded.frame,
+            codec=encoded.codec,
+            name=strong_digest(plain),
+            base=base.frame if base is not None else None,
+            is_settled=self._known.is_settled(chunk),
+        )
+
+    def _encode(
+        self, shard: ShardManifest, fd: int, job: _Job, plain: bytes
+    ) -> tuple[codec.Encoded, Base | None, bytes | None]:
+        """The chunk's frame; the base it rests on, if it is a delta; and the bytes that its decoder needs."""
+        piece = shard.pieces[job.chunk.piece]
+        dtype = shard.tensors[piece.fqn].dtype
+        row = piece.shape[-1] if piece.shape else 0
+        if not self.config.compress:
+            return codec.encode(plain, dtype=dtype, compress=False), None, None
+        if job.master is not None:
+            master = self._read(shard, fd, job.master)
+            derived = codec.derive(plain, master)
+            if derived is not None:
+                return derived, None, master
+        base = self._known.base_for(shard, piece, job.chunk)
+        base_plain = base.plain.read() if base is not None else None
+        if base is not None and base_plain is not None:
+            encoded = codec.encode(plain, dtype=dtype, base=base_plain, row=row)
+            if encoded.codec != "delta":
+                return encoded, None, None
+            if len(encoded.frame) <= base.limit_bytes:
+                return encoded, base, base_plain
+        return codec.encode(plain, dtype=dtype, row=row), None, None
+
+    @staticmethod
+    def _read(shard: ShardManifest, fd: int, chunk: Chunk) -> bytes:
+        """The chunk's plain bytes as its digest says, or IntegrityError."""
         piece = shard.pieces[chunk.piece]
         try:
             plain = os.pread(fd, chunk.size_bytes, chunk.offset)
@@ -270,33 +405,27 @@ class _Push:
                 step=shard.step,
                 tier="local",
             )
-        dtype = shard.tensors[piece.fqn].dtype
-        base = self._known.base_for(shard, piece, chunk) if self.config.compress else None
-        base_plain = base.plain.read() if base is not None else None
-        encoded = codec.encode(plain, dtype=dtype, base=base_plain, compress=self.config.compress)
-        is_poor = base is not None and len(encoded.frame) > (1 - DELTA_MUST_SAVE) * base.frame.length
-        if encoded.codec == "delta" and is_poor:
-            encoded = codec.encode(plain, dtype=dtype, compress=self.config.compress)
-        is_delta = encoded.codec == "delta"
-        again = codec.decode(encoded.frame, size_bytes=len(plain), base=base_plain if is_delta else None)
-        if again != plain:
-            raise IntegrityError(f"{piece.fqn}: codec {encoded.codec} does not return what it was given", key=piece.fqn)
-        return _Encoded(
-            frame=encoded.frame,
-            codec=encoded.codec,
-            name=strong_digest(plain),
-            base=base.frame if is_delta and base is not None else None,
-        )
+        return plain
+
+
+def _named(frame: PlacedFrame, keys: list[str]) -> PlacedFrame:
+    """The frame, and what it rests on, with the keys of packs that had only numbers while they were open."""
+    base = _named(frame.base, keys) if frame.base is not None else None
+    return replace(frame, pack=keys[int(frame.pack)] if frame.pack.isdecimal() else frame.pack, base=base)
 
 
 class _Packs:
-    """Fills packs and keeps a bounded number of them in flight; use as a context manager."""
+    """Fills packs and keeps a bounded number of them in flight; use as a context manager.
+
+    Two packs are open at a time: settled chunks lie apart, so that their packs stay worth keeping as a whole.
+    """
 
     def __init__(self, job: _Push, shard: ShardManifest) -> None:
         self._job = job
         self._shard = shard
-        self._buffer = bytearray()
-        self._sending: list[Future[str]] = []
+        self._open: dict[bool, tuple[int, bytearray]] = {}
+        self._sent: list[Future[str] | None] = []
+        """By number of the pack; None while it is open."""
         self._slots = threading.Semaphore(job.config.upload_concurrency)
         self._pool = ThreadPoolExecutor(job.config.upload_concurrency, "ckptstore-upload")
         self.size_bytes = 0
@@ -309,42 +438,53 @@ class _Packs:
         self._pool.shutdown(cancel_futures=True)
 
     def add(self, encoded: _Encoded, chunk: Chunk) -> PlacedFrame:
-        """Put one frame into the open pack; blocks while too many packs are in flight."""
-        if self._buffer and len(self._buffer) + len(encoded.frame) > self._job.config.pack_bytes:
-            self._send()
+        """Put one frame into an open pack; blocks while too many packs are in flight."""
+        kind = encoded.is_settled
+        if kind in self._open and len(self._open[kind][1]) + len(encoded.frame) > self._job.config.pack_bytes:
+            self._send(kind)
+        if kind not in self._open:
+            self._open[kind] = (len(self._sent), bytearray())
+            self._sent.append(None)
+        number, buffer = self._open[kind]
         frame = PlacedFrame(
-            pack=str(len(self._sending)),
-            offset=len(self._buffer),
+            pack=str(number),
+            offset=len(buffer),
             length=len(encoded.frame),
             codec=encoded.codec,
             size_bytes=chunk.size_bytes,
             name=encoded.name,
             base=encoded.base,
         )
-        self._buffer += encoded.frame
+        buffer += encoded.frame
         return frame
 
     def finish(self) -> list[str]:
         """Send the rest and wait until every pack is confirmed; their keys, by number."""
-        if self._buffer:
-            self._send()
-        return [future.result() for future in self._sending]
+        for kind in list(self._open):
+            self._send(kind)
+        return [future.result() for future in self._sent if future is not None]
 
-    def _send(self) -> None:
+    def _send(self, kind: bool) -> None:
         self._slots.acquire()
-        for future in self._sending:
-            if future.done():
+        for future in self._sent:
+            if future is not None and future.done():
                 future.result()  # stop at the first failure, not after the last chunk
-        data, self._buffer = self._buffer, bytearray()
+        number, data = self._open.pop(kind)
         self.size_bytes += len(data)
-        self._sending.append(self._pool.submit(self._put, data))
+        self._sent[number] = self._pool.submit(self._put, data)
 
     def _put(self, data: bytearray) -> str:
         try:
             job, shard = self._job, self._shard
             key, sent = job.remote.put_pack(
-                shard.save_id, shard.rank, data, look_first=not job.is_first, distrust=job.distrust
+                shard.save_id,
+                shard.rank,
+                data,
+                look_first=not job.is_first,
+                distrust=job.distrust,
+                avoid=job.avoid,
             )
+            job.remote.renew_intent(shard.save_id)
             job.meter.add(sent=sent)
             return key
         finally:

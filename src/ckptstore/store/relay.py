@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ckptstore.errors import CkptError
+from ckptstore.errors import CkptError, TransientError
 from ckptstore.format.manifest import ShardManifest, ShardRef, Summary, ref_of, root_from
 
 log = logging.getLogger("ckptstore")
@@ -141,8 +141,12 @@ class NodeRelay:
             for save_id, progress in saves.items():
                 try:
                     ended = self._advance(save_id, progress)
+                except TransientError as error:  # the agent is gone, and this node's part with it unless it was durable
+                    log.debug("relay of save %s stopped: %s", save_id, error)
+                    ended = True
                 except CkptError as error:
                     log.warning("save %s: %s", save_id, error)
+                    self.failed(save_id, error.message)
                     ended = False
                 except Exception as error:  # the job's store is gone: the job is ending
                     log.debug("relay of save %s stopped: %s", save_id, error)

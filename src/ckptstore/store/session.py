@@ -16,6 +16,7 @@ from typing import Any
 from ckptstore.agent.arena import Arena
 from ckptstore.agent.client import AgentClient
 from ckptstore.agent.protocol import Event, SealRequest
+from ckptstore.blob import between_processes
 from ckptstore.clock import SYSTEM_CLOCK, new_nonce, rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.dcp.agreement import Agreement
@@ -149,7 +150,7 @@ class Session:
             self.root,
             run=self.run,
             slot=int(os.environ.get("LOCAL_RANK", self.rank)),
-            remotes=self.remotes,
+            remotes={name: between_processes(url) for name, url in self.remotes.items()},
             environ={k: v for k, v in os.environ.items() if k.startswith(CREDENTIAL_PREFIXES)},
             config=self.config,
             on_event=self._on_event,

@@ -386,7 +386,7 @@ class CheckpointStore:
             roll_forward(self._open_tiers(), agreement)
 
     def start_over(self) -> None:
-        """The next save starts a timeline that continues from nothing; what the run has stays until it has its own N."""
+        """The next save starts a timeline that continues from nothing; older saves stay until it has its own N."""
         self._timeline.fresh()
 
     def forget(self, save_id: str, reason: str) -> None:
@@ -417,9 +417,12 @@ class CheckpointStore:
     def _open_tiers(self) -> Tiers:
         with self._tiers_lock:  # a lock of its own: looking never waits for a save that waits
             if self._tiers is None:
-                from ckptstore.blob import open_blob_store
+                from ckptstore.blob import between_processes, open_blob_store
 
-                remotes = tuple(RemoteTier(open_blob_store(url), self.run, name) for name, url in self.remotes.items())
+                remotes = tuple(
+                    RemoteTier(open_blob_store(between_processes(url)), self.run, name)
+                    for name, url in self.remotes.items()
+                )
                 self._tiers = Tiers(self.run, LocalTier(self.local) if self.local else None, remotes)
             return self._tiers
 

@@ -23,7 +23,7 @@ from ckptstore.errors import (
     NotFoundError,
     TransientError,
 )
-from ckptstore.format.manifest import RemoteShard, canonical, root_of
+from ckptstore.format.manifest import Frame, RemoteShard, canonical, root_of
 from ckptstore.repo import remote as remote_module
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.packs import check_remote_shard
@@ -173,6 +173,10 @@ def test_shard_manifest_is_refused_when_it_is_not_the_committed_one(blob: BlobSt
         remote.remote_shard(save.save_id, ref)
 
 
+def _twice(frame: Frame) -> Frame:
+    return frame.model_copy(update={"size_bytes": 2 * frame.size_bytes})
+
+
 def _tampered(good: RemoteShard) -> dict[str, RemoteShard]:
     frame = good.frames[0]
 
@@ -185,6 +189,17 @@ def _tampered(good: RemoteShard) -> dict[str, RemoteShard]:
         "chunk of another size": with_frame(size_bytes=3),
         "chunk of impossible size": with_frame(size_bytes=1 << 40),
         "base of a base": with_frame(base=frame.model_copy(update={"base": frame})),
+        "delta without a base": with_frame(codec="delta"),
+        "full frame with a base": with_frame(base=frame),
+        "delta on a base of another size": with_frame(codec="delta", base=frame.model_copy(update={"size_bytes": 8})),
+        "derived from a master of its own size": with_frame(codec="derived", base=frame),
+        "derived from a derived one": with_frame(
+            codec="derived", base=_twice(frame).model_copy(update={"codec": "derived", "base": _twice(_twice(frame))})
+        ),
+        "delta on a derived one": with_frame(
+            codec="delta", base=frame.model_copy(update={"codec": "derived", "base": _twice(frame)})
+        ),
+        "unknown codec": with_frame(codec="lzma"),
         "path as pack": good.model_copy(update={"packs": ("../../etc/passwd",)}),
         "frame outside its table": good.model_copy(update={"chunks": ((10**6,), *good.chunks[1:])}),
         "negative index": good.model_copy(update={"chunks": (tuple(-1 for _ in good.chunks[0]), *good.chunks[1:])}),
@@ -192,12 +207,13 @@ def _tampered(good: RemoteShard) -> dict[str, RemoteShard]:
     }
 
 
-@pytest.mark.parametrize("kind", range(9))
+@pytest.mark.parametrize("kind", range(16))
 def test_remote_shard_is_refused_when_its_frames_are_impossible(blob: BlobStore, tier: LocalTier, kind: int) -> None:
     remote, save = committed(tier, blob)
     good = remote.find_shard(save.save_id, 0)
     assert good is not None
     check_remote_shard(good)
+    assert len(_tampered(good)) == 16
     bad = list(_tampered(good).values())[kind]
     with pytest.raises(FormatError):
         check_remote_shard(bad)

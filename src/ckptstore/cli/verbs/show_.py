@@ -45,6 +45,7 @@ def command(settings: Settings, step: str, only: str | None, timing: bool) -> No
         ("size", f"{human_bytes(info.size_bytes)} in {len(details.tensors)} tensors"),
         ("written by", f"{info.world_size} ranks on {details.num_nodes} nodes, {details.versions}"),
         ("tiers", ", ".join(f"{tier} {state}" for tier, state in info.tiers.items())),
+        ("uploaded", _uploaded(details)),
         ("metrics", ", ".join(f"{k}={v:.6g}" for k, v in info.metrics.items()) or "-"),
         ("tags", ", ".join(info.tags) or "-"),
     ]
@@ -52,19 +53,29 @@ def command(settings: Settings, step: str, only: str | None, timing: bool) -> No
         print(f"{name:<11}{plain(value)}")
     print()
     print_table(
-        ["TENSOR", "DTYPE", "SHAPE", "SIZE", "RANKS"],
+        ["TENSOR", "DTYPE", "SHAPE", "SIZE", "STORED", "UPLOADED", "RANKS"],
         [
             [
                 row.name,
                 row.dtype,
                 "x".join(map(str, row.shape)) or "scalar",
                 f"= {row.alias_of}" if row.alias_of else human_bytes(row.size_bytes),
+                (row.stored or "-") + (f" of {row.base_step}" if row.base_step is not None else ""),
+                "-" if row.stored_bytes is None else human_bytes(row.stored_bytes),
                 ",".join(map(str, row.ranks)) if len(row.ranks) <= 4 else f"{len(row.ranks)} ranks",
             ]
             for row in details.tensors
         ],
-        right=frozenset({"SIZE"}),
+        right=frozenset({"SIZE", "UPLOADED"}),
     )
+
+
+def _uploaded(details: Details) -> str:
+    info = details.info
+    if info.stored_bytes is None:
+        return "-"
+    base = f", deltas against step {info.base_step}" if info.base_step is not None else ""
+    return human_bytes(info.stored_bytes) + base
 
 
 _STAGES = {

@@ -26,4 +26,4 @@ def command(settings: Settings, steps: tuple[str, ...]) -> None:
         print_json(actions=[action.to_json() for action in actions])
         return
     for action in actions:
-        print(plain(f"step {action.step}: unpinned on {action.tier} (it was {action.why})"))
+        print(plain(f"step {action.step}: unpinned on {action.tier} ({action.why})"))

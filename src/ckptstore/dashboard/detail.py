@@ -1,0 +1,204 @@
+"""One checkpoint: where its time went, what it holds, and what of it was new when it was uploaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptstore.dashboard.source import RunView, Source
+from ckptstore.errors import CheckpointNotFoundError, CkptError
+from ckptstore.format.manifest import Frame, RemoteShard
+from ckptstore.ops.open import RunTiers
+from ckptstore.repo.reader import CheckpointReader
+from ckptstore.repo.record import Record
+
+#: A tensor takes part in the treemap if it is among the largest so many; the others are one box.
+MAX_BOXES = 1500
+#: Steps of a rank's save, in the order they happen.
+RANK_STAGES = ("reserve", "plan", "copy")
+NODE_STAGES = ("write", "commit")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One span of the waterfall, in seconds after the save began."""
+
+    row: str
+    stage: str
+    start_s: float
+    length_s: float
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One stored tensor; ``sent`` says how its bytes came to the remote: "unchanged", "delta", "full", "mixed"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    stored_bytes: int | None = None
+    sent: str | None = None
+
+
+def waterfall(notes: Mapping[str, Any]) -> list[Bar]:
+    """Bars of what the notes tell. Ranks go side by side; the node writes when the last has copied."""
+    bars: list[Bar] = []
+    sealed = 0.0
+    ranks = notes.get("ranks")
+    for rank, spans in sorted((ranks if isinstance(ranks, dict) else {}).items(), key=lambda item: _rank(item[0])):
+        if not isinstance(spans, dict):
+            continue
+        at = 0.0
+        known = [name for name in RANK_STAGES if name in spans]
+        for name in (*known, *(name for name in spans if name not in RANK_STAGES)):
+            length = _seconds(spans[name])
+            if length is not None:
+                bars.append(Bar(f"rank {rank}", name, at, length))
+                at += length
+        sealed = max(sealed, at)
+    at = sealed
+    for name in NODE_STAGES:
+        length = _seconds(notes.get(name))
+        if length is not None:
+            bars.append(Bar("node", name, at, length))
+            at += length
+    for name, spans in notes.items():
+        lag = _seconds(spans.get("lag")) if name.startswith("remote ") and isinstance(spans, dict) else None
+        if lag is not None:
+            bars.append(Bar(name.removeprefix("remote "), "upload", at, max(0.0, lag - at)))
+    return bars
+
+
+def _rank(text: str) -> tuple[int, str]:
+    return (int(text), "") if text.isdigit() else (1 << 30, text)
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+        return None
+    return float(value)
+
+
+def tensors(tiers: RunTiers, record: Record) -> tuple[list[Tensor], str | None]:
+    """Every tensor of a checkpoint, largest first, and why it can't be told how they were sent.
+
+    Raises:
+        CkptError: no tier's manifests can be read.
+    """
+    with CheckpointReader(record, tiers.local, tiers.remotes) as reader:
+        sizes = {name: sum(p.size_bytes for _, _, p in reader.pieces(name)) for name in reader.tensors}
+        metas = dict(reader.tensors)
+    sent: dict[str, list[int]] = {}
+    trouble: str | None = None
+    for remote in tiers.remotes:
+        if remote.name not in record.remote:
+            continue
+        try:
+            root = remote.root_manifest(record.remote[remote.name])
+            for ref in root.shards:
+                _count(remote.cached_shard(record.save_id, ref), record.save_id, sent)
+            trouble = None
+            break
+        except CkptError as error:
+            sent, trouble = {}, error.message
+    found = [
+        Tensor(
+            name,
+            metas[name].dtype,
+            metas[name].shape,
+            size,
+            sent[name][3] if name in sent else None,
+            _word(sent[name]) if name in sent else None,
+        )
+        for name, size in sizes.items()
+    ]
+    found.sort(key=lambda tensor: (-tensor.size_bytes, tensor.name))
+    return found, trouble
+
+
+def _count(document: RemoteShard, save_id: str, sent: dict[str, list[int]]) -> None:
+    """Add up chunks by how they were stored: unchanged, delta, full; and the bytes this save added."""
+    own = [f"packs/{save_id}/" in f"/{pack}" or pack.startswith(f"packs/{save_id}/") for pack in document.packs]
+    counted: set[int] = set()
+    for piece, indexes in zip(document.shard.pieces, document.chunks, strict=True):
+        row = sent.setdefault(piece.fqn, [0, 0, 0, 0])
+        for index in indexes:
+            frame: Frame = document.frames[index]
+            if not own[frame.pack]:
+                row[0] += 1
+                continue
+            row[1 if frame.base is not None else 2] += 1
+            if index not in counted:
+                counted.add(index)
+                row[3] += frame.length
+
+
+def _word(row: list[int]) -> str:
+    unchanged, delta, full, _ = row
+    kinds = [word for word, number in (("unchanged", unchanged), ("delta", delta), ("full", full)) if number]
+    return kinds[0] if len(kinds) == 1 else "mixed" if kinds else "unchanged"
+
+
+def treemap(found: list[Tensor]) -> dict[str, list[Any]]:
+    """Boxes for a treemap over the dotted names: parents before children, the smallest tensors as one box."""
+    boxes: dict[str, list[Any]] = {"id": [""], "parent": [""], "label": ["all"], "value": [0], "kind": [""]}
+    known = {""}
+    rest = found[MAX_BOXES:]
+    shown = [(tensor.name, tensor.size_bytes, tensor.sent or "stored") for tensor in found[:MAX_BOXES]]
+    if rest:
+        shown.append((f"{len(rest)} smaller tensors", sum(t.size_bytes for t in rest), "stored"))
+
+    def add(box: str, parent: str, label: str, value: int, kind: str) -> None:
+        for key, item in zip(("id", "parent", "label", "value", "kind"), (box, parent, label, value, kind), strict=True):
+            boxes[key].append(item)
+
+    for name, size, kind in shown:
+        parent = ""
+        parts = name.split(".")
+        for part in parts[:-1]:
+            box = f"{parent}.{part}" if parent else f"+{part}"
+            if box not in known:
+                known.add(box)
+                add(box, parent, part, 0, "")
+            parent = box
+        # A leaf's id can't be a folder's: "+" begins those.
+        add(f"={name}", parent, parts[-1], size, kind)
+    totals: dict[str, int] = {}
+    for box, parent, value in zip(
+        reversed(boxes["id"]), reversed(boxes["parent"]), reversed(boxes["value"]), strict=True
+    ):
+        totals[box] = totals.get(box, 0) + value
+        if box:
+            totals[parent] = totals.get(parent, 0) + totals[box]
+    boxes["value"] = [totals[box] for box in boxes["id"]]
+    return boxes
+
+
+def find(view: RunView, save_id: str) -> Record:
+    """The save of this id.
+
+    Raises:
+        CheckpointNotFoundError: the run has none.
+    """
+    record = view.by_id.get(save_id)
+    if record is None:
+        raise CheckpointNotFoundError(
+            f"run {view.run!r} has no checkpoint {save_id}", run=view.run, hint="it may have been deleted meanwhile"
+        )
+    return record
+
+
+def newest_tree(source: Source, view: RunView) -> tuple[str, Any] | None:
+    """Save_id and encoded state tree of the newest checkpoint; None when the run has none.
+
+    Raises:
+        CkptError: its manifests can't be read.
+    """
+    if not view.line:
+        return None
+    record = view.by_id[view.line[-1].save_id]
+    tiers = source.tiers(view.run)
+    with CheckpointReader(record, tiers.local, tiers.remotes) as reader:
+        return record.save_id, reader.tree

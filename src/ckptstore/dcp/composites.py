@@ -1,0 +1,347 @@
+"""Tensors that are made of others: sparse, nested, quantized, and of classes with the flatten protocol.
+
+:func:`take_apart` gives their plain parts, which are views of the tensor's own memory wherever it has any, so parts are
+staged, tied and filled like all other tensors. :func:`put_together` is the inverse and shares the memory of the parts,
+so these may be filled afterwards; :func:`check` says then whether what came out is sound.
+
+=============  ==================================================  ======================================
+kind           parts                                               facts
+=============  ==================================================  ======================================
+sparse_coo     indices, values                                     size, dtype, coalesced
+sparse_csr...  crow_indices, col_indices, values (or ccol, row)    size, dtype
+nested         values                                              dtype, sizes, strides, offsets
+jagged         values, offsets, lengths if it has holes            dtype, ragged, min, max
+quantized      bytes; scales, zero_points if per channel           size, dtype, and scale, zero_point or axis
+flattened      what ``__tensor_flatten__`` names                   class, context, size, stride, dtype
+=============  ==================================================  ======================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nested._internal.nested_tensor import NestedTensor as Jagged
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ckptstore.dcp.boxes import dtype_name
+from ckptstore.errors import FormatError, StateError
+from ckptstore.format.tree import Composite
+from ckptstore.format.types_base import type_name
+from ckptstore.format.types_user import loaded_class
+
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
+_BY_COLUMN = ("ccol_indices", "row_indices")
+_BY_ROW = ("crow_indices", "col_indices")
+#: Layout -> the names of its two index tensors.
+_COMPRESSED = {
+    torch.sparse_csr: _BY_ROW,
+    torch.sparse_bsr: _BY_ROW,
+    torch.sparse_csc: _BY_COLUMN,
+    torch.sparse_bsc: _BY_COLUMN,
+}
+_LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in _COMPRESSED}
+#: Facts that two tensors must share for one to take the place of the other.
+_OUTLINE = ("size", "dtype", "class")
+
+
+def is_composite(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` has to be taken apart to be stored. False, too, for what can't be stored at all."""
+    cls = type(tensor)
+    if cls in _PLAIN:
+        return (
+            tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
+        ) and not tensor.is_meta  # a meta tensor has no parts
+    if cls is DTensor or cls.__name__ == "AsyncCollectiveTensor":
+        return False
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+def take_apart(key: str, tensor: torch.Tensor) -> Composite:
+    """The parts of a composite tensor.
+
+    Raises:
+        StateError: it has no form that could be stored; names ``key``.
+    """
+    cls = type(tensor)
+    tensor = tensor.detach()
+    if isinstance(tensor, Jagged):
+        return _jagged_parts(tensor)
+    if cls not in _PLAIN:
+        return _flattened_parts(key, tensor)
+    if tensor.layout is torch.sparse_coo:
+        facts = {"size": list(tensor.shape), "dtype": dtype_name(tensor.dtype), "coalesced": tensor.is_coalesced()}
+        return Composite("sparse_coo", {"indices": tensor._indices(), "values": tensor._values()}, facts)
+    if tensor.layout in _COMPRESSED:
+        parts = {name: getattr(tensor, name)() for name in (*_COMPRESSED[tensor.layout], "values")}
+        kind = str(tensor.layout).removeprefix("torch.")
+        return Composite(kind, parts, {"size": list(tensor.shape), "dtype": dtype_name(tensor.dtype)})
+    if tensor.is_nested:
+        return _nested_parts(tensor)
+    if tensor.is_quantized:
+        return _quantized_parts(key, tensor)
+    raise StateError(
+        f"{key!r} is a tensor with layout {str(tensor.layout).removeprefix('torch.')}; it can't be stored",
+        hint="leave it out of the state, or turn it into a plain tensor first",
+        key=key,
+    )
+
+
+def _nested_parts(tensor: torch.Tensor) -> Composite:
+    whole: Any = tensor if tensor.is_contiguous() else tensor.contiguous()
+    facts = {
+        "dtype": dtype_name(tensor.dtype),
+        "sizes": whole._nested_tensor_size().tolist(),
+        "strides": whole._nested_tensor_strides().tolist(),
+        "offsets": whole._nested_tensor_storage_offsets().tolist(),
+    }
+    return Composite("nested", {"values": whole.values()}, facts)
+
+
+def _jagged_parts(tensor: Any) -> Composite:
+    parts = {"values": tensor._values, "offsets": tensor._offsets}
+    if tensor._lengths is not None:
+        parts["lengths"] = tensor._lengths
+    facts = {
+        "dtype": dtype_name(tensor.dtype),
+        "ragged": int(tensor._ragged_idx),
+        "min": tensor._maybe_min_seqlen,
+        "max": tensor._maybe_max_seqlen,
+    }
+    return Composite("jagged", parts, facts)
+
+
+def _quantized_parts(key: str, tensor: torch.Tensor) -> Composite:
+    whole = tensor if tensor.is_contiguous() and tensor.storage_offset() == 0 else _compact(tensor)
+    facts: dict[str, Any] = {"size": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
+    raw = torch.empty(0, dtype=torch.uint8).set_(whole.untyped_storage())
+    used = _bytes_of(tuple(whole.shape), whole.dtype)
+    parts = {"bytes": raw if used is None else raw[:used]}
+    scheme = tensor.qscheme()
+    if scheme in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        facts |= {"scale": tensor.q_scale(), "zero_point": tensor.q_zero_point()}
+    elif scheme in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+        facts["axis"] = tensor.q_per_channel_axis()
+        parts |= {"scales": tensor.q_per_channel_scales(), "zero_points": tensor.q_per_channel_zero_points()}
+    else:
+        raise StateError(f"{key!r} is quantized by {scheme}; it can't be stored", hint="dequantize it first", key=key)
+    return Composite("quantized", parts, facts)
+
+
+def _bytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    """Bytes of the elements in memory; None for packed ones, which take the whole storage."""
+    if dtype in (torch.quint4x2, torch.quint2x4):
+        return None
+    return int(torch.Size(shape).numel()) * dtype.itemsize
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.contiguous()
+    return copy if copy.storage_offset() == 0 else copy.clone()
+
+
+def _flattened_parts(key: str, tensor: Any) -> Composite:
+    cls = type(tensor)
+    names, context = tensor.__tensor_flatten__()
+    facts = {
+        "class": type_name(cls),
+        "context": context,
+        "size": [int(n) for n in tensor.shape],
+        "stride": [int(n) for n in tensor.stride()],
+        "dtype": dtype_name(tensor.dtype),
+    }
+    if loaded_class(facts["class"]) is not cls:
+        raise StateError(
+            f"{key!r} is a {type_name(cls)}, a class that can't be found by that name",
+            hint="define the class at the top level of a module",
+            key=key,
+        )
+    return Composite("flattened", {name: getattr(tensor, name) for name in names}, facts)
+
+
+# -- and back ----------------------------------------------------------------------------------------------------------
+
+
+def put_together(key: str, stored: Composite, allowed: type | None = None) -> torch.Tensor:
+    """The tensor of these parts; it shares their memory and looks at none of their values.
+
+    Args:
+        stored: a composite whose parts are tensors.
+        allowed: a tensor class that may be rebuilt, because the target has one; beside it, those of
+            ``torch.serialization.add_safe_globals``.
+
+    Raises:
+        FormatError: damaged, or a class that this process doesn't know or trust; names ``key``.
+    """
+    parts = {
+        name: put_together(f"{key}.{name}", part) if isinstance(part, Composite) else part
+        for name, part in stored.parts.items()
+    }
+    try:
+        if stored.kind == "flattened":
+            return _unflattened(key, parts, stored.facts, allowed)
+        return _BUILD[stored.kind](parts, stored.facts)
+    except FormatError:
+        raise
+    except Exception as error:
+        raise FormatError(
+            f"{key!r} can't be put together as a {stored.kind} tensor: {type(error).__name__}: {error!s:.200}", key=key
+        ) from error
+
+
+def _sparse_coo(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
+    return torch.sparse_coo_tensor(
+        parts["indices"], parts["values"], facts["size"], is_coalesced=facts["coalesced"], check_invariants=False
+    )
+
+
+def _compressed(layout: torch.layout) -> Callable[[dict[str, Any], dict[str, Any]], torch.Tensor]:
+    outer, inner = _COMPRESSED[layout]
+
+    def build(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
+        return torch.sparse_compressed_tensor(
+            parts[outer], parts[inner], parts["values"], facts["size"], layout=layout, check_invariants=False
+        )
+
+    return build
+
+
+def _nested(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
+    if not facts["offsets"]:
+        return torch.nested.nested_tensor([], dtype=parts["values"].dtype)
+    sizes, strides, offsets = (torch.tensor(facts[name], dtype=torch.int64) for name in ("sizes", "strides", "offsets"))
+    sizes, strides = (t.reshape(len(facts["offsets"]), -1) for t in (sizes, strides))
+    values = parts["values"]
+    if bool((sizes < 0).any() or (strides < 0).any() or (offsets < 0).any()):
+        raise ValueError("negative sizes")
+    last = offsets + ((sizes - 1).clamp(min=0) * strides).sum(1)
+    if bool(((sizes.prod(1) > 0) & (last >= values.numel())).any()):
+        raise ValueError("its rows lie outside its values")
+    return torch._nested_view_from_buffer(values, sizes, strides, offsets)
+
+
+def _jagged(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
+    return torch.nested.nested_tensor_from_jagged(
+        parts["values"],
+        parts["offsets"],
+        parts.get("lengths"),
+        jagged_dim=facts["ragged"],
+        min_seqlen=facts["min"],
+        max_seqlen=facts["max"],
+    )
+
+
+def _quantized(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
+    dtype, size = getattr(torch, facts["dtype"]), tuple(facts["size"])
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError("not a dtype")
+    if "axis" in facts:
+        empty = torch._empty_per_channel_affine_quantized(
+            size, scales=parts["scales"], zero_points=parts["zero_points"], axis=facts["axis"], dtype=dtype
+        )
+    else:
+        empty = torch._empty_affine_quantized(size, scale=facts["scale"], zero_point=facts["zero_point"], dtype=dtype)
+    if empty.untyped_storage().nbytes() != parts["bytes"].numel():
+        raise ValueError(f"{parts['bytes'].numel()} bytes for a shape of {list(size)}")
+    storage = torch.storage.TypedStorage(wrap_storage=parts["bytes"].untyped_storage(), dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+    return empty.set_(storage, 0, size, empty.stride())
+
+
+def _unflattened(key: str, parts: dict[str, Any], facts: dict[str, Any], allowed: type | None) -> torch.Tensor:
+    name = facts["class"]
+    cls: Any = loaded_class(name)
+    if cls is None or not issubclass(cls, torch.Tensor):
+        raise FormatError(
+            f"{key!r} is a {name}, which this process doesn't know",
+            hint="import the module that defines it before loading",
+            key=key,
+        )
+    if cls is not allowed and cls not in torch.serialization.get_safe_globals():
+        raise FormatError(
+            f"{key!r} is a {name}, a class that nobody said may be rebuilt from a file",
+            hint=f"torch.serialization.add_safe_globals([{cls.__name__}]), or load into a target that has one",
+            key=key,
+        )
+    built: torch.Tensor = cls.__tensor_unflatten__(
+        parts, facts["context"], torch.Size(facts["size"]), tuple(facts["stride"])
+    )
+    again = take_apart(key, built)
+    if type(built) is not cls or any(_address(again.parts.get(n)) != _address(part) for n, part in parts.items()):
+        raise FormatError(f"{key!r}: __tensor_unflatten__ of {name} does not wrap the tensors it is given", key=key)
+    return built
+
+
+def _address(part: Any) -> int | None:
+    return part.data_ptr() if isinstance(part, torch.Tensor) and not is_composite(part) else None
+
+
+_BUILD: dict[str, Callable[[dict[str, Any], dict[str, Any]], torch.Tensor]] = {
+    "sparse_coo": _sparse_coo,
+    **{kind: _compressed(layout) for kind, layout in _LAYOUTS.items()},
+    "nested": _nested,
+    "jagged": _jagged,
+    "quantized": _quantized,
+}
+
+
+def check(key: str, tensor: torch.Tensor) -> None:
+    """Whether a tensor that was put together is sound, now that its parts are filled: no index points outside.
+
+    Raises:
+        FormatError: it is not; names ``key``.
+    """
+    try:
+        if isinstance(tensor, Jagged):
+            offsets: torch.Tensor = tensor._offsets
+            rows = tensor._values.shape[tensor._ragged_idx - 1]
+            ends = offsets[1:] if tensor._lengths is None else offsets[:-1] + tensor._lengths
+            if int(offsets[0]) < 0 or bool((offsets.diff() < 0).any()) or bool((ends > rows).any()):
+                raise ValueError("its offsets lie outside its values")
+        elif tensor.layout is torch.sparse_coo:
+            torch._validate_sparse_coo_tensor_args(
+                tensor._indices(), tensor._values(), tensor.shape, tensor.is_coalesced()
+            )
+        elif tensor.layout in _COMPRESSED:
+            outer, inner = (getattr(tensor, name)() for name in _COMPRESSED[tensor.layout])
+            torch._validate_sparse_compressed_tensor_args(outer, inner, tensor.values(), tensor.shape, tensor.layout)
+    except (RuntimeError, ValueError) as error:
+        raise FormatError(f"{key!r} is damaged: {error!s:.200}", key=key) from error
+
+
+def can_replace(target: Composite, stored: Composite) -> bool:
+    """Whether ``stored`` may take the place of ``target``: the same kind, and from outside the same shape and dtype."""
+    return target.kind == stored.kind and all(target.facts.get(n) == stored.facts.get(n) for n in _OUTLINE)
+
+
+def described(composite: Composite) -> str:
+    """Its kind and what shows of it from outside, for messages."""
+    seen = [str(composite.facts[name]) for name in reversed(_OUTLINE) if name in composite.facts]
+    return f"{composite.kind} ({', '.join(seen)})"
+
+
+def is_live(tensor: torch.Tensor) -> bool:
+    """Whether the parts :func:`take_apart` gives are its memory, so that filling them fills the tensor."""
+    if isinstance(tensor, Jagged):
+        return False  # its shape is bound to the offsets it was made with
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+        return True
+    if tensor.is_quantized and tensor.qscheme() not in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return False
+    return tensor.is_contiguous() and (tensor.is_nested or tensor.storage_offset() == 0)
+
+
+def overwrite(target: torch.Tensor, new: torch.Tensor) -> None:
+    """Make ``target``, which others hold, be ``new``. What was its memory is let go of."""
+    if type(target) in _PLAIN:
+        target.data = new.to(target.device)
+        return
+    fresh = new.to(target.device).requires_grad_(target.requires_grad)
+    torch.utils.swap_tensors(target, nn.Parameter(fresh, target.requires_grad) if is_parameter(target) else fresh)  # type: ignore[no-untyped-call]
+
+
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """Whether modules register this tensor as a parameter."""
+    return isinstance(tensor, nn.Parameter)

@@ -1,0 +1,164 @@
+"""A bucket in memory, clients that can be stopped at any request, and what must always hold."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+from ckptstore.blob.memory import MemoryBlobStore
+from ckptstore.clock import ManualClock, new_nonce
+from ckptstore.config import StoreConfig
+from ckptstore.errors import CkptError
+from ckptstore.repo import gc
+from ckptstore.repo.local import LocalTier
+from ckptstore.repo.packs import pack_owner, placed
+from ckptstore.repo.remote import RemoteSave, RemoteTier
+from ckptstore.repo.upload import push
+from ckptstore.testing.checkpoints import new_save_id, write_checkpoint
+from ckptstore.testing.watched import Request, WatchedBlobStore
+
+CONFIG = StoreConfig(upload_concurrency=1)
+RULES = gc.Rules(grace_seconds=24 * 3600.0, intent_seconds=7 * 24 * 3600.0)
+RUN = "run"
+
+
+class Crash(BaseException):
+    """The process is dead: not an Exception, so that nothing in it can tidy up."""
+
+
+@dataclass
+class Interruption:
+    """At the ``at``-th request of a client, before or after it reached the server, something happens."""
+
+    at: int
+    what: Callable[[], None]
+    is_after: bool = False
+
+
+class Client(WatchedBlobStore):
+    """One process's way to the bucket. Dead after a crash."""
+
+    def __init__(self, inner: MemoryBlobStore, plan: Sequence[Interruption]) -> None:
+        super().__init__(inner, before=self._before, after=self._after)
+        self._plan = {(one.at, one.is_after): one.what for one in plan}
+        self._count = 0
+        self._turn = threading.RLock()
+        self.is_dead = False
+
+    def _before(self, request: Request) -> None:
+        with self._turn:
+            if self.is_dead:
+                raise Crash
+            self._count += 1
+            self._happen(self._count, False)
+
+    def _after(self, request: Request) -> None:
+        with self._turn:
+            self._happen(self._count, True)
+
+    def _happen(self, at: int, is_after: bool) -> None:
+        what = self._plan.pop((at, is_after), None)
+        if what is None:
+            return
+        try:
+            what()
+        except Crash:
+            self.is_dead = True
+            raise
+
+
+def crash() -> None:
+    raise Crash
+
+
+@dataclass
+class World:
+    """A run in a bucket, its local checkpoints, and what was promised."""
+
+    folder: Path
+    clock: ManualClock = field(default_factory=ManualClock)
+    paths: list[Path] = field(default_factory=list)
+    promised: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.server = MemoryBlobStore(new_nonce(), clock=self.clock)
+        self.tier = LocalTier(self.folder / "local", self.clock)
+
+    def tier_of(self, client: WatchedBlobStore | MemoryBlobStore) -> RemoteTier:
+        return RemoteTier(client, RUN, "r", self.clock)
+
+    def save(self, seeds: Sequence[int]) -> None:
+        """A local checkpoint whose tensors are drawn from a small pool, so that saves share chunks."""
+        state = {f"t{n}": np.random.default_rng(seed).normal(size=64) for n, seed in enumerate(seeds)}
+        step = len(self.paths) + 1
+        self.paths.append(write_checkpoint(self.tier, state, run=RUN, step=step, save_id=new_save_id(step)))
+
+    def push(self, number: int, plan: Sequence[Interruption] = ()) -> None:
+        path = self.paths[number % len(self.paths)]
+        try:
+            result = push(self.tier, path, RUN, self.tier_of(Client(self.server, plan)), config=CONFIG)
+        except (Crash, CkptError):
+            return
+        if result.committed is not None:
+            save_id = result.committed.summary.save_id
+            if any(save.save_id == save_id for save in self.tier_of(self.server).saves()):
+                self.promised.add(save_id)  # else it was deleted while this push looked it over
+
+    def collect(self, plan: Sequence[Interruption] = (), part: tuple[int, int] = (0, 1)) -> list[gc.Collected]:
+        try:
+            return gc.collect(Client(self.server, plan), "r", [RUN], rules=RULES, part=part, clock=self.clock)
+        except (Crash, CkptError):
+            return []
+
+    def delete(self, number: int, plan: Sequence[Interruption] = ()) -> None:
+        saves = self.tier_of(self.server).saves()
+        if not saves:
+            return
+        save = saves[number % len(saves)]
+        self.promised.discard(save.save_id)
+        try:
+            self.tier_of(Client(self.server, plan)).delete(save)
+        except (Crash, CkptError):
+            return
+
+    def wait(self, hours: float) -> None:
+        self.clock.sleep(timedelta(hours=hours).total_seconds())
+
+    def check(self) -> None:
+        """Nothing promised is lost, and whatever is visible is whole."""
+        remote = self.tier_of(self.server)
+        saves = {save.save_id: save for save in remote.saves()}
+        assert self.promised <= set(saves), "a committed save is gone"
+        for save in saves.values():
+            self._check_whole(remote, save)
+
+    def _check_whole(self, remote: RemoteTier, save: RemoteSave) -> None:
+        for ref in remote.root_manifest(save).shards:
+            document = remote.remote_shard(save.save_id, ref)
+            for frame in (placed(document, one) for one in document.frames):
+                for part in (frame, frame.base) if frame.base is not None else (frame,):
+                    info = remote.head_pack(part.pack)
+                    assert info is not None, f"{part.pack}, which save {save.save_id} needs, was deleted"
+                    assert info.size_bytes >= part.offset + part.length
+
+    def needed(self) -> set[str]:
+        remote = self.tier_of(self.server)
+        found: set[str] = set()
+        for save in remote.saves():
+            for ref in remote.root_manifest(save).shards:
+                found.update(remote.remote_shard(save.save_id, ref).packs)
+        return found
+
+    def packs(self) -> set[str]:
+        return {key for key in self.tier_of(self.server).list_keys("packs") if pack_owner(key)}
+
+    def collect_all(self) -> None:
+        """Collect until everything dead is gone."""
+        for _ in range(6):
+            self.wait(8 * 24)
+            self.collect()

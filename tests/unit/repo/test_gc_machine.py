@@ -1,0 +1,190 @@
+"""gc against save, push, delete and another gc, each stopped or crashed at any request: nothing needed is ever lost."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from ckptstore.repo import gc, gc_mark, upload
+from ckptstore.repo.gc_mark import Marks
+from ckptstore.repo.remote import RemoteTier
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gc_world import Interruption, World, crash
+
+SCALE = int(os.environ.get("CKPTSTORE_TEST_SCALE", "1"))
+
+requests = st.integers(1, 30)
+small = st.integers(0, 5)
+hours = st.sampled_from([0.1, 1.0, 25.0, 25.0, 200.0])
+#: What may happen in the middle of something else.
+happenings = st.one_of(
+    st.just(("crash", 0)),
+    st.tuples(st.just("delete"), small),
+    st.tuples(st.just("push"), small),
+    st.tuples(st.just("gc"), small),
+    st.tuples(st.just("gc a day later"), small),
+    st.tuples(st.just("delete, gc, a day, gc"), small),
+)
+plans = st.lists(st.tuples(requests, st.booleans(), happenings), max_size=3)
+
+
+class GcMachine(RuleBasedStateMachine):
+    """Interleavings: whole operations, with others nested into them at any of their requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = tempfile.TemporaryDirectory()
+        self.world = World(Path(self._folder.name))
+
+    def teardown(self) -> None:
+        self._folder.cleanup()
+
+    def plan(self, drawn: list[tuple[int, bool, tuple[str, int]]]) -> list[Interruption]:
+        return [Interruption(at, self.happening(*what), is_after) for at, is_after, what in drawn]
+
+    def happening(self, name: str, number: int) -> Callable[[], None]:
+        world = self.world
+
+        def later() -> None:
+            world.wait(25)
+            world.collect()
+
+        def deleted_and_collected() -> None:
+            world.delete(number)
+            world.collect()
+            later()
+
+        return {
+            "crash": crash,
+            "delete": lambda: world.delete(number),
+            "push": lambda: world.push(number),
+            "gc": lambda: world.collect() and None,
+            "gc a day later": later,
+            "delete, gc, a day, gc": deleted_and_collected,
+        }[name]
+
+    @initialize(seeds=st.lists(small, min_size=1, max_size=2))
+    def begin(self, seeds: list[int]) -> None:
+        self.world.save(seeds)
+        self.world.push(0)
+
+    @rule(seeds=st.lists(small, min_size=1, max_size=2), plan=plans)
+    def save_and_push(self, seeds: list[int], plan: Any) -> None:
+        self.world.save(seeds)
+        self.world.push(len(self.world.paths) - 1, self.plan(plan))
+
+    @rule(number=small, plan=plans)
+    def push_again(self, number: int, plan: Any) -> None:
+        self.world.push(number, self.plan(plan))
+
+    @rule(plan=plans)
+    def collect(self, plan: Any) -> None:
+        self.world.collect(self.plan(plan))
+
+    @rule(part=st.sampled_from([(0, 2), (1, 2)]))
+    def collect_a_part(self, part: tuple[int, int]) -> None:
+        self.world.collect(part=part)
+
+    @rule(number=small, plan=plans)
+    def delete(self, number: int, plan: Any) -> None:
+        self.world.delete(number, self.plan(plan))
+
+    @rule(time=hours)
+    def wait(self, time: float) -> None:
+        self.world.wait(time)
+
+    @precondition(lambda self: len(self.world.paths) > 1)
+    @rule()
+    def collect_until_nothing_is_left(self) -> None:
+        self.world.collect_all()
+        assert self.world.packs() == self.world.needed(), "garbage stays for ever"
+
+    @invariant()
+    def nothing_needed_is_lost(self) -> None:
+        self.world.check()
+
+
+@pytest.fixture(autouse=True)
+def one_request_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same plan means the same interleaving."""
+    monkeypatch.setattr(gc_mark, "READS_IN_FLIGHT", 1)
+    monkeypatch.setattr(upload, "_ENCODERS", 1)
+
+
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+def test_nothing_needed_is_ever_lost_when_anything_happens_in_any_order() -> None:
+    run_state_machine_as_test(
+        GcMachine,
+        settings=settings(max_examples=40 * SCALE, stateful_step_count=12, deadline=None, suppress_health_check=QUIET),
+    )
+
+
+def blind_to_intents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Marks, "is_live", lambda self, save_id: save_id in self.commits)
+
+
+def blind_to_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RemoteTier, "condemned", lambda self: frozenset())
+
+
+def without_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deletes what it condemns at once."""
+    condemn = gc._Collector._condemn
+
+    def now(self: Any, announced: Any, finished: Any, lists: Any, marks: Marks) -> None:
+        garbage = marks.garbage()
+        self._delete(sorted(garbage), garbage)
+        condemn(self, announced, finished, lists, marks)
+
+    monkeypatch.setattr(gc._Collector, "_condemn", now)
+
+
+def without_a_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Carries a list out whatever has come to need it."""
+    monkeypatch.setattr(Marks, "is_needed", lambda self, key: key not in _CONDEMNED and _is_needed(self, key))
+    lists = gc._Collector._lists
+
+    def remembering(self: Any) -> Any:
+        found = lists(self)
+        _CONDEMNED.clear()
+        _CONDEMNED.update(key for _, one in found[0].values() for key in one.keys)
+        return found
+
+    monkeypatch.setattr(gc._Collector, "_lists", remembering)
+
+
+_CONDEMNED: set[str] = set()
+_is_needed = Marks.is_needed
+
+
+@pytest.mark.parametrize("mutation", [blind_to_lists, without_grace, without_a_second_look])
+def test_machine_notices_when_a_guard_is_taken_out(
+    mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutation(monkeypatch)
+    with pytest.raises(BaseException, match=r"was deleted|is not on r|is missing|gone"):
+        run_state_machine_as_test(
+            GcMachine,
+            settings=settings(
+                max_examples=600,
+                stateful_step_count=12,
+                deadline=None,
+                suppress_health_check=QUIET,
+                phases=[Phase.generate],
+                derandomize=True,
+                database=None,
+                report_multiple_bugs=False,
+            ),
+        )
