@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ckptstore.errors import ConfigError
 
@@ -51,6 +52,20 @@ class StoreConfig(BaseModel):
     compress: bool = True
     """Encode chunks before upload; False sends them raw."""
 
+    upload_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Cap on what one node sends to one remote, on average over seconds; None: as fast as it goes."""
+
+    upload_schedule: tuple[tuple[str, float | None], ...] = ()
+    """Caps by time of day: ``(("08:00", 5e6), ("20:00", None))``, local to the node, each until the next. Replaces
+    ``upload_bytes_per_s``."""
+
+    upload_backlog: int | None = Field(default=None, ge=1)
+    """Skip a save's upload once so many newer ones of its line are on that remote or wait for it; None: send all.
+    Pinned and emergency saves, and saves of several nodes, are always sent."""
+
+    upload_superseded: bool = True
+    """Also upload saves of an older timeline that a newer one has left behind; False skips them, unless pinned."""
+
     generations: Literal[1, 2] = 2
     """Arena generations per rank: with 2, a save can be taken while the previous one is still being written."""
 
@@ -70,8 +85,24 @@ class StoreConfig(BaseModel):
                 f"StoreConfig: {where}: {first['msg']}", hint="see the docstrings of ckptstore.StoreConfig", key=where
             ) from None
 
+    @field_validator("upload_schedule")
+    @classmethod
+    def _times(cls, value: tuple[tuple[str, float | None], ...]) -> tuple[tuple[str, float | None], ...]:
+        for begin, cap in value:
+            if re.fullmatch(r"([01][0-9]|2[0-3]):[0-5][0-9]", begin) is None:
+                raise ValueError(f"{begin!r} is not a time of day; write it as 'HH:MM'")
+            if cap is not None and not cap > 0:
+                raise ValueError(f"a cap of {cap} bytes a second would never send anything; use None for no cap")
+        if len({begin for begin, _ in value}) != len(value):
+            raise ValueError("a time of day is there twice")
+        return value
+
     @model_validator(mode="after")
     def _fits(self) -> StoreConfig:
+        if self.upload_schedule and self.upload_bytes_per_s is not None:
+            raise ValueError(
+                "upload_schedule replaces upload_bytes_per_s: give one of them; a schedule may have a single entry"
+            )
         if self.generations == 1 and self.back_pressure == "skip":
             raise ValueError(
                 "generations=1 with back_pressure='skip' would skip every save that comes while one is written; "

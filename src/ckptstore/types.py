@@ -51,7 +51,7 @@ class CheckpointInfo:
         stored_bytes: bytes this save added to the remote; None when no remote has it.
         base_step: step of the save its deltas refer to, if any.
         superseded: a newer timeline of the run branched off at or before this step.
-        skipped: the save was skipped by policy (back-pressure); nothing was stored.
+        skipped: by policy the save was skipped (back-pressure; ``tiers`` is empty then), or not sent to a remote.
         report: what a load did; None for infos that don't come from ``load``.
         tiers: tier name ("local", a remote's name or scheme) -> its state there.
     """

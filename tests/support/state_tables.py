@@ -82,6 +82,19 @@ class Celsius:
 register_type(Celsius, encode=lambda c: {"degrees": c.degrees}, decode=lambda v: Celsius(v["degrees"]))
 
 
+class Curve:
+    """Registered, and made of what its tensors hold, not of the tensors."""
+
+    def __init__(self, points: list[float]) -> None:
+        self.points = points
+
+    def __repr__(self) -> str:
+        return f"Curve({self.points})"
+
+
+register_type(Curve, encode=lambda c: {"t": torch.tensor(c.points)}, decode=lambda v: Curve(v["t"].tolist()))
+
+
 class Tagged(torch.Tensor):
     """A tensor class that keeps itself, by registration."""
 
@@ -89,7 +102,7 @@ class Tagged(torch.Tensor):
 register_type(
     Tagged,
     encode=lambda t: t.as_subclass(torch.Tensor),
-    decode=lambda v: v.as_subclass(Tagged) if isinstance(v, torch.Tensor) else v,
+    decode=lambda v: v.as_subclass(Tagged),
 )
 
 
@@ -100,6 +113,17 @@ def _nan(bits: int) -> float:
 def _objects() -> Any:
     array = np.empty(3, dtype=object)
     array[:] = [1, "x", (2, None)]
+    return array
+
+
+def _shared() -> Any:
+    tensor = torch.arange(3.0)
+    return {"w": tensor, "plan": Plan("p", weight=tensor), "again": [tensor]}
+
+
+def _structured() -> Any:
+    array = np.zeros(2, dtype=np.dtype([("a", "i2"), ("b", "f8")], align=True))
+    array["b"] = [2.5, np.nan]
     return array
 
 
@@ -191,7 +215,7 @@ def values() -> dict[str, Any]:
         "array fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
         "array strided": np.arange(20)[::-3],
         "array datetime64": np.array(["2026-01-02", "NaT"], "M8[ns]"),
-        "array structured": np.array([(1, 2.5)], dtype=np.dtype([("a", "i2"), ("b", "f8")], align=True)),
+        "array structured": _structured(),
         "array str": np.array(["ab", "c"]),
         "array object": _objects(),
         "large array": np.arange(30_000, dtype=np.float32).reshape(100, 300),
@@ -213,6 +237,11 @@ def values() -> dict[str, Any]:
         "torch.memory_format": torch.channels_last,
         "torch.Generator": _used_generator(),
         "registered": Celsius(21.5),
+        "registered by tensors": Curve([1.0, 2.0, 0.5]),
+        "registered by tensors, deep": [{"a": Curve([3.0])}, (Curve([4.0]), 1)],
+        "dataclass of registered": Plan("r", weight=Curve([5.0])),
+        "dataclass of sparse": Plan("s", weight=torch.sparse_coo_tensor([[1]], [2.0], (3,), check_invariants=True)),
+        "tensor also in a dataclass": _shared(),
         "list of numbers": [0.1 * i for i in range(50)],
         "list of np scalars": [np.float64(i) for i in range(40)],
         "tensor in a dataclass": Plan("t", weight=torch.arange(4.0)),
@@ -366,7 +395,7 @@ class DictOfMine(dict):
 #: Name -> a function that makes something no checkpoint can hold.
 REFUSED: dict[str, Callable[[], Any]] = {
     "meta": lambda: torch.empty(2, device="meta"),
-    "sparse meta": lambda: torch.empty(2, 2, device="meta").to_sparse(),
+    "sparse meta": lambda: torch.empty(2, 2, device="meta", layout=torch.sparse_coo),
     "fake": _fake,
     "wrapper without flatten": lambda: NoFlatten(torch.ones(2)),
     "wrapper around nothing storable": lambda: TwoTensor(torch.empty(2, device="meta"), torch.empty(2, device="meta")),

@@ -37,7 +37,7 @@ MAX_FDS = 8
 
 _LENGTH = struct.Struct(">I")
 
-EventKind = Literal["sealed", "announced", "prepared", "local", "remote", "failed", "lost"]
+EventKind = Literal["sealed", "announced", "prepared", "local", "remote", "skipped", "failed", "lost"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Event:
     - ``local``: the save is committed on this node: ``summary``.
     - ``remote``: it is committed in a remote: ``remote`` (its name), ``summary``, ``stored_bytes`` that it added there,
       ``sent_bytes`` over the wire.
+    - ``skipped``: by policy it is never sent to a remote: ``remote`` (its name), ``reason``.
     - ``failed``: it won't reach ``level`` (for ``remote``: not soon, it stays queued): ``error`` (class name),
       ``message``, ``hint``, and the error's context, such as ``rank``, ``errno``, ``remote``. See :meth:`exception`.
     - ``lost``: the connection to the agent is gone. No save_id.

@@ -1,8 +1,11 @@
 """From committed local files to one remote, newest first, for as long as it takes.
 
 There is no queue on disk: what is pending is every local save of the run that the remote has no commit of, so an agent
-that starts after a crash goes on where the last one stopped. A remote that is away is tried again at a bounded rate for
-ever; one that refuses us is reported once per save and tried again slowly, or when a trainer brings new credentials.
+that starts after a crash goes on where the last one stopped. What a policy leaves out follows from the local tier as
+well. With a deadline, when the agent was told to leave, the newest save that can still be finished goes first.
+
+A remote that is away is tried again at a bounded rate for ever; one that refuses us is reported once per save and tried
+again slowly, or when a trainer brings new credentials.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptstore.agent.arena import libc
+from ckptstore.agent.pace import Pace, cap_at, pack_bytes
 from ckptstore.agent.protocol import Event
 from ckptstore.clock import Clock, parse_rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CkptError, ConfigError, CredentialsError, NoStoreError, TransientError
 from ckptstore.format.manifest import RootManifest, ShardManifest, Summary
-from ckptstore.repo import commit, names
+from ckptstore.repo import commit, names, timelines
 from ckptstore.repo.local import LocalSave, LocalTier
 
 if TYPE_CHECKING:
+    from ckptstore.blob.throttle import Throttle
     from ckptstore.repo.progress import Progress
     from ckptstore.repo.remote import RemoteTier
 
@@ -53,6 +58,7 @@ class Upload:
     stored_bytes: int = 0
     sent_bytes: int = 0
     progress: Progress | None = None
+    plain_bytes: int = 0
     shards: list[ShardManifest] | None = None
 
 
@@ -94,7 +100,11 @@ class Uploader:
         self._uploads: dict[str, Upload] = {}
         self._committed: set[str] | None = None
         self._claimed: set[int] = set()
+        self._skipped: set[str] = set()
         self._remote: RemoteTier | None = None
+        self._throttle: Throttle | None = None
+        self._pace = Pace()
+        self._deadline: float | None = None
         self._news = 1
         """Counts the reasons to look at the local tier; ``_seen`` of them have led to ``_uploads``."""
         self._seen = 0
@@ -134,6 +144,11 @@ class Uploader:
                 upload.due, upload.is_reported = 0.0, False
             self._condition.notify_all()
 
+    def hurry(self, deadline: float | None) -> None:
+        """By then (on the monotonic clock) everything ends: do what can be finished; None: there is time."""
+        with self._condition:
+            self._deadline = deadline
+
     def stop(self) -> None:
         """Stop after the chunk at hand. What is pending stays pending."""
         with self._condition:
@@ -164,7 +179,12 @@ class Uploader:
             created = [u.save.summary.created_at for u in queue if u.save.summary is not None]
             ages = [(now - parse_rfc3339(text)).total_seconds() for text in created]
             error = self._error
+            rate, seconds_left = self._pace.sent_bytes_per_s, self._pace.seconds_for(sum(map(_bytes_left, queue)))
             return {
+                "rate_bytes_per_s": None if rate is None else round(rate),
+                "cap_bytes_per_s": cap_at(self._config, now.astimezone()),
+                "eta_seconds": 0.0 if not queue else None if seconds_left is None else round(seconds_left, 3),
+                "skipped": len(self._skipped),
                 "lag_seconds": round(max(ages, default=0.0), 3),
                 "is_refused": self._is_refused,
                 "error": None if error is None else {"class": type(error).__name__, "message": error.message},
@@ -177,7 +197,7 @@ class Uploader:
                         "attempts": u.attempts,
                         "sent_bytes": u.sent_bytes + (u.progress.sent_bytes if u.progress else 0),
                         "plain_done_bytes": u.progress.plain_done if u.progress else 0,
-                        "plain_total_bytes": u.progress.plain_total if u.progress else 0,
+                        "plain_total_bytes": u.progress.plain_total if u.progress else u.plain_bytes,
                         "error": None if u.error is None else u.error.message,
                     }
                     for u in queue
@@ -246,21 +266,77 @@ class Uploader:
             if self._remote is not None:
                 self._remote.blob.close()
             self._remote, self._committed = None, None
+            self._skipped.clear()
         if self._seen < self._begun:
             self._derive_local()
         if self._uploads and self._committed is None:
             self._ask_remote(self._open())
+        self._leave_out()
         now = self._clock.monotonic()
         due = [upload for upload in self._uploads.values() if upload.due <= now]
         if due:
-            self._work_on(self._open(), max(due, key=_age))
+            self._work_on(self._open(), max([u for u in due if self._fits(u)] or due, key=_age))
+
+    def _fits(self, upload: Upload) -> bool:
+        """Whether this save can be finished before the deadline, if there is one and the pace is known."""
+        if self._deadline is None:
+            return True
+        seconds = self._pace.seconds_for(_bytes_left(upload))
+        return seconds is None or self._clock.monotonic() + seconds <= self._deadline
+
+    def _is_cut_short(self, upload: Upload) -> bool:
+        """Whether to leave this save for now: we are stopping, or it won't be finished in time and another one will."""
+        if self._is_stopping:
+            return True
+        if self._deadline is None or self._fits(upload):
+            return False
+        with self._condition:
+            others = [u for u in self._uploads.values() if u is not upload and u.state == "queued"]
+        return any(self._fits(other) for other in others)
+
+    def _leave_out(self) -> None:
+        """Drop from the queue what the configuration says need not be sent."""
+        config = self._config
+        if (config.upload_backlog is None and config.upload_superseded) or not self._uploads:
+            return
+        summaries = [s.summary for s in self._tier.saves(self.run) if s.state == "complete" and s.summary is not None]
+        line = [summary.save_id for summary in timelines.current_line(summaries)]
+        pinned = self._tier.pins(self.run)
+        for save_id, upload in list(self._uploads.items()):
+            summary = upload.save.summary
+            if summary is None or summary.num_nodes > 1 or save_id in pinned:
+                continue
+            if save_id in line:
+                newer = len(line) - 1 - line.index(save_id)
+                if config.upload_backlog is None or newer < config.upload_backlog or summary.emergency:
+                    continue
+                reason = f"{newer} newer ones go first (upload_backlog={config.upload_backlog})"
+            elif config.upload_superseded:
+                continue
+            else:
+                reason = "it is superseded (upload_superseded=False)"
+            self._skip(upload, reason)
+
+    def _skip(self, upload: Upload, reason: str) -> None:
+        save = upload.save
+        if upload.attempts:
+            with suppress(CkptError):
+                self._open().forget_intent(save.save_id)
+        with self._condition:
+            del self._uploads[save.save_id]
+            self._skipped.add(save.save_id)
+        log.info("save %s of %s, step %d, is not sent to %s: %s", save.save_id, self.run, save.step, self.name, reason)
+        self._emit(Event("skipped", save.save_id, save.step, {"remote": self.name, "reason": reason}))
 
     def _open(self) -> RemoteTier:
         if self._remote is None:
             from ckptstore.blob import open_blob_store
+            from ckptstore.blob.throttle import Throttle
             from ckptstore.repo.remote import RemoteTier
 
-            self._remote = RemoteTier(open_blob_store(self.url, environ=self._environ), self.run, self.name)
+            self._throttle = Throttle(cap_at(self._config, self._clock.now().astimezone()), clock=self._clock)
+            blob = open_blob_store(self.url, environ=self._environ, throttle=self._throttle)
+            self._remote = RemoteTier(blob, self.run, self.name)
         return self._remote
 
     def _derive_local(self) -> None:
@@ -269,11 +345,13 @@ class Uploader:
         with self._condition:
             for save_id in set(self._uploads) - set(here):
                 del self._uploads[save_id]
+            self._skipped &= set(here)
             for save_id, save in here.items():
                 if save_id in self._uploads:
                     self._uploads[save_id].save = save
-                elif self._committed is None or save_id not in self._committed:
-                    self._uploads[save_id] = Upload(save)
+                elif save_id not in self._skipped and (self._committed is None or save_id not in self._committed):
+                    size_bytes = save.summary.size_bytes if save.summary is not None else 0
+                    self._uploads[save_id] = Upload(save, plain_bytes=size_bytes)
             self._seen = self._begun
 
     def _ask_remote(self, remote: RemoteTier) -> None:
@@ -322,7 +400,11 @@ class Uploader:
 
         def note(progress: Progress) -> None:
             upload.progress = progress
+            self._pace.note(self._clock.monotonic(), progress.plain_done, progress.sent_bytes)
+            self._apply_cap()
 
+        cap = self._apply_cap()
+        self._pace.begin(self._clock.monotonic())
         upload.attempts += 1
         upload.state = "uploading"
         result = push(
@@ -330,9 +412,9 @@ class Uploader:
             upload.save.path,
             self.run,
             remote,
-            config=self._config,
+            config=self._config.model_copy(update={"pack_bytes": pack_bytes(self._config, cap)}),
             progress=note,
-            cancelled=lambda: self._is_stopping,
+            cancelled=lambda: self._is_cut_short(upload),
         )
         upload.sent_bytes += result.sent_bytes
         upload.stored_bytes = max(upload.stored_bytes, result.stored_bytes)
@@ -345,6 +427,13 @@ class Uploader:
             upload.pushed_at = self._clock.monotonic()
             self._poll_later(upload)
         return result.committed
+
+    def _apply_cap(self) -> float | None:
+        """The cap of this time of day, in force from now on."""
+        cap = cap_at(self._config, self._clock.now().astimezone())
+        if self._throttle is not None:
+            self._throttle.limit(cap)
+        return cap
 
     def _poll_later(self, upload: Upload) -> None:
         upload.due = self._clock.monotonic() + upload.poll_seconds
@@ -413,6 +502,12 @@ def _age(upload: Upload) -> tuple[float, int, int]:
     save = upload.save
     timeline = float("inf") if save.summary is None else float(save.summary.timeline)
     return timeline, save.step, names.split_save_id(save.save_id)[1]
+
+
+def _bytes_left(upload: Upload) -> int:
+    """Tensor bytes still to be dealt with, as far as is known."""
+    progress = upload.progress
+    return upload.plain_bytes if progress is None else progress.plain_total - progress.plain_done
 
 
 def _is_workable(upload: Upload, now: float) -> bool:

@@ -39,6 +39,12 @@ class Throttle:
         self._num_running = 0
         self._changed = threading.Condition()
 
+    def limit(self, bytes_per_s: float | None) -> None:
+        """Another rate from now on; what was paid for earlier keeps its time."""
+        if bytes_per_s is not None and bytes_per_s <= 0:
+            raise ValueError("a throttle lets something through")
+        self._bytes_per_s = bytes_per_s
+
     @property
     def share(self) -> float:
         """How much of the budget is used at present, from 1/64 to 1."""
@@ -65,12 +71,13 @@ class Throttle:
 
     def pay(self, num_bytes: int) -> None:
         """Wait until bytes paid for earlier have had their time, then owe these."""
-        if self._bytes_per_s is None or num_bytes <= 0:
+        rate = self._bytes_per_s
+        if rate is None or num_bytes <= 0:
             return
         with self._changed:
             now = self._clock.monotonic()
             begin = max(now, self._paid_until)
-            self._paid_until = begin + num_bytes / (self._bytes_per_s * self._share)
+            self._paid_until = begin + num_bytes / (rate * self._share)
         if begin > now:
             self._clock.sleep(begin - now)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +82,8 @@ def _open(address: Address, environ: Mapping[str, str] | None, attempts: Attempt
 
 
 def _open_foreign(address: Address, environ: Mapping[str, str] | None) -> BlobStore:
+    from importlib.metadata import entry_points
+
     offered = entry_points(group=ENTRY_POINT_GROUP)
     for entry in offered:
         if entry.name == address.scheme:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -18,12 +15,6 @@ CODECS: tuple[CodecName, ...] = ("raw", "zstd", "planes", "delta", "derived")
 #: Plain bytes of one chunk at most; a decoder refuses more before it allocates. Chunks are cut by the writer.
 CHUNK_BYTES = 4 * 1024 * 1024
 MAX_CHUNK_BYTES = 128 * 1024 * 1024
-
-#: Unsigned words: a chunk seen as integers as wide as its numbers. Always little-endian, whatever the host is.
-Words = npt.NDArray[np.unsignedinteger[Any]]
-Bytes = npt.NDArray[np.uint8]
-
-WORD: dict[int, np.dtype[np.unsignedinteger[Any]]] = {w: np.dtype(f"<u{w}") for w in (1, 2, 4, 8)}
 
 #: Numbers treated at once: intermediate arrays of this length stay in the outer cache; shorter ones lose more to calls.
 BLOCK = 1 << 18

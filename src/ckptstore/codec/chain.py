@@ -6,7 +6,8 @@ import numpy as np
 import xxhash
 
 from ckptstore.codec import measure, plane, planes, words
-from ckptstore.codec.base import BLOCK, FLOAT_BYTES, MAX_CHUNK_BYTES, WORD, Buffer, Bytes, CodecName, Encoded, Words
+from ckptstore.codec.arrays import WORD, Bytes, Words
+from ckptstore.codec.base import BLOCK, FLOAT_BYTES, MAX_CHUNK_BYTES, Buffer, CodecName, Encoded
 from ckptstore.codec.frame import RAW, ZSTD, Frame, Plane, build, damaged, overhead, parse
 from ckptstore.codec.scratch import SCRATCH
 

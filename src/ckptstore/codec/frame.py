@@ -17,7 +17,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckptstore.codec.base import CODECS, MAX_CHUNK_BYTES, WORD, Buffer, CodecName
+from ckptstore.codec.arrays import WORD
+from ckptstore.codec.base import CODECS, MAX_CHUNK_BYTES, Buffer, CodecName
 from ckptstore.errors import IntegrityError
 
 MAGIC = b"CKPF"

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ckptstore.codec.base import Bytes, Words
+from ckptstore.codec.arrays import Bytes, Words
 
 #: A plane above this is stored as it is: coding it would cost time for less than 2 %.
 _DENSE_BITS = 7.9

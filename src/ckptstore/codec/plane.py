@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from ckptstore.codec.base import WORD, Buffer, Bytes, Words
+from ckptstore.codec.arrays import WORD, Bytes, Words
+from ckptstore.codec.base import Buffer
 from ckptstore.codec.frame import EVEN, NARROW, RAW, ZSTD, Plane, damaged
 from ckptstore.codec.measure import Trait
 from ckptstore.codec.scratch import SCRATCH

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ckptstore.codec import words
-from ckptstore.codec.base import BLOCK, WORD, Words
+from ckptstore.codec.arrays import WORD, Words
+from ckptstore.codec.base import BLOCK
 from ckptstore.codec.frame import damaged
 from ckptstore.codec.measure import Trait
 from ckptstore.codec.scratch import SCRATCH

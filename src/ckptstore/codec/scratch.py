@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import zstandard
 
-from ckptstore.codec.base import WORD, Words
+from ckptstore.codec.arrays import WORD, Words
 
 #: A slot larger than this is given back to the system after use, so that one huge chunk doesn't pin memory for good.
 _KEEP_BYTES = 16 * 1024 * 1024

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ckptstore.codec.base import BLOCK, Words
+from ckptstore.codec.arrays import Words
+from ckptstore.codec.base import BLOCK
 from ckptstore.codec.scratch import SCRATCH
 
 

@@ -335,7 +335,7 @@ def is_live(tensor: torch.Tensor) -> bool:
 
 def overwrite(target: torch.Tensor, new: torch.Tensor) -> None:
     """Make ``target``, which others hold, be ``new``. What was its memory is let go of."""
-    if type(target) in _PLAIN:
+    if type(target) in _PLAIN and not target.is_nested:
         target.data = new.to(target.device)
         return
     fresh = new.to(target.device).requires_grad_(target.requires_grad)

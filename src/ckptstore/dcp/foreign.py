@@ -7,6 +7,7 @@ What runs code when it is read is refused unless the caller trusts it: ``.metada
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import pickle
 import tempfile
@@ -165,7 +166,7 @@ class _Memory:
         self._at = 0
         if size_bytes:
             os.posix_fallocate(fd, 0, size_bytes)
-            self._bytes = np.memmap(os.fdopen(os.dup(fd), "r+b"), np.uint8, "r+", shape=(size_bytes,))
+            self._bytes = np.frombuffer(mmap.mmap(fd, size_bytes), np.uint8)  # unmapped with the last tensor in it
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = prod(shape) * dtype.itemsize

@@ -92,7 +92,7 @@ class _Inert:
     def get(self, field: str) -> Any:
         """A field of the dataclass this stands for."""
         state = self.__dict__.get("state")
-        return state[field] if isinstance(state, dict) else None
+        return state.get(field) if isinstance(state, dict) else None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -130,12 +130,14 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 
 def _items(metadata: Any) -> list[Item]:
-    described, paths, places = metadata.get("state_dict_metadata"), metadata.get("planner_data"), {}
+    described, paths = metadata.get("state_dict_metadata"), metadata.get("planner_data")
+    places: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}
     for index, info in metadata.get("storage_data").items():
         if info.get("transform_descriptors"):
             raise FormatError("the items of this checkpoint are transformed (compressed), which is not supported")
         offset = index.get("offset")
-        place = (str(info.get("relative_path")), *_numbers((info.get("offset"), info.get("length"))))
+        start, length = _numbers((info.get("offset"), info.get("length")))
+        place = str(info.get("relative_path")), start, length
         places[str(index.get("fqn")), None if offset is None else _numbers(offset)] = place
     items = []
     for name, meta in described.items():

@@ -128,6 +128,7 @@ class _Match:
             self._m.found.actions.append((key, partial(self._attach, parameter, pending)))
 
     def _attach(self, parameter: torch.Tensor, pending: dict[Any, Any]) -> None:
+        pending = {field: self._m.late(value) for field, value in pending.items()}
         for field, value in pending.items():
             if isinstance(value, torch.Tensor) and composites.is_composite(value):
                 pending[field] = value.to(parameter.device)

@@ -42,7 +42,6 @@ def read_state(
         FormatError: the checkpoint holds a type this process doesn't know.
     """
     globs = tuple(only)
-    stored = StoredState(source, rank=rank, keys=None if not globs else frozenset())
     tensors: dict[str, torch.Tensor] = {}
     slots: list[Slot] = []
 
@@ -53,15 +52,24 @@ def read_state(
             slots.append(Slot(name, name, Box(new, meta.shape, (0,) * len(meta.shape), meta.shape)))
         return tensors[name]
 
-    result: dict[Any, Any] = {}
-    for key in stored.keys:
-        if not globs:
-            result[key] = stored.decode(key, tensor)
-            continue
-        pruned = _prune(stored, stored.decode(key, Stub), str(key), globs, tensor)
-        if pruned is not MISSING:
-            result[key] = pruned
-    fill(slots, source, threads=threads)
+    # What is made of tensors may look at their values, so it is made when they are filled.
+    if not globs:
+        stored = StoredState(source, rank=rank, keys=frozenset())
+        for key in stored.keys:
+            for name in stored.names(key):
+                tensor(name)
+        fill(slots, source, threads=threads)
+        result = {key: stored.decode(key, tensor) for key in stored.keys}
+    else:
+        hidden = (*globs, *(f"{glob}.*" for glob in globs))
+
+        def allocate(_: Any, name: str) -> object:
+            return tensor(name) if _wanted(hidden, name) else Stub(name)
+
+        stored = StoredState(source, rank=rank, keys=None, allocate=allocate)
+        pruned = {key: _prune(stored, value, str(key), globs, tensor) for key, value in stored.values.items()}
+        fill(slots, source, threads=threads)
+        result = {key: stored.late(value) for key, value in pruned.items() if value is not MISSING}
     for check in stored.checks:
         check()
     return result

@@ -5,7 +5,7 @@ Stubs cost nothing, so a tree of any size can be compared with a target before a
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -99,6 +99,11 @@ class StoredState:
         self.renamed: dict[str, str] = {}
         #: To be called when all tensors are filled: is what was put together from them sound?
         self.checks: list[Callable[[], None]] = []
+        #: Top-level key -> stored name -> tensor, of those in objects that are made when all is filled.
+        self._hidden: dict[Any, dict[str, object]] = {}
+        #: id of a value that may be such an object -> itself, its top-level key, the way to it from there.
+        self._late: dict[int, tuple[object, Any, tuple[Any, ...]]] = {}
+        self._filled: dict[Any, Any] = {}
         encoded = source.tree
         if encoded is None:
             raise FormatError("the checkpoint has no state tree")
@@ -113,17 +118,62 @@ class StoredState:
             self._rename(rename)
 
     def _with_stubs(self, key: Any, allocate: Callable[[Any, str], object] | None) -> Any:
-        names: set[str] = set()
+        found: Counter[str] = Counter()
 
         def stub(name: str) -> Stub:
-            names.add(name)
+            found[name] += 1
             return Stub(name)
 
-        value = self.decode(key, stub)
-        hidden = names - visible_stubs(value)
+        value = self.decode(key, stub, late=True)
+        hidden = found - visible_stubs(value)
         if hidden and allocate is not None:
-            # Tensors inside objects nobody can look into (a dataclass, an array): those are decoded with real ones.
-            value = self.decode(key, lambda name: allocate(key, name) if name in hidden else Stub(name))
+            # Tensors inside objects nobody can look into (a dataclass, an array): those are made when they are filled.
+            self._hidden[key] = {name: allocate(key, name) for name in hidden}
+            for path, leaf in _leaves(value, ()):
+                self._late[id(leaf)] = (leaf, key, path)
+        return value
+
+    def is_late(self, value: object) -> bool:
+        """Whether this will be something else when the tensors in it are filled."""
+        return id(value) in self._late and (not isinstance(value, tree.Opaque) or tree.is_known(value))
+
+    def late(self, value: Any) -> Any:
+        """``value`` with the objects in it that hold tensors, which are filled now.
+
+        Raises:
+            FormatError: one of them can't be made.
+        """
+        if not self._late:
+            return value
+        cls = type(value)
+        if cls in (dict, OrderedDict, defaultdict):
+            for key in value:
+                value[key] = self.late(value[key])
+        elif cls in (list, deque):
+            for i in range(len(value)):
+                value[i] = self.late(value[i])
+        elif isinstance(value, tuple):
+            new = [self.late(item) for item in value]
+            if any(a is not b for a, b in zip(new, value, strict=True)):
+                return cls(*new) if hasattr(cls, "_fields") else cls(new)
+        elif id(value) in self._late:
+            _, key, path = self._late[id(value)]
+            return self._made(key, path)
+        return value
+
+    def _made(self, key: Any, path: tuple[Any, ...]) -> Any:
+        if key not in self._filled:
+            tensors = self._hidden[key]
+            self._filled[key] = self.decode(key, lambda name: tensors.get(name, Stub(name)))
+        value = self._filled[key]
+        for part in path:
+            value = value[part]
+        if isinstance(value, tree.Opaque):
+            raise FormatError(
+                f"{dotted((key, *path))!r} could not be made of what is stored: {value.name}",
+                hint="see ckptstore.register_type",
+                key=dotted((key, *path)),
+            )
         return value
 
     @property
@@ -131,8 +181,23 @@ class StoredState:
         """All top-level keys of the checkpoint, in order."""
         return list(self._subtrees)
 
-    def decode(self, key: Any, tensor: Callable[[str], object]) -> Any:
-        """The value below one top-level key, with ``tensor(stored name)`` for each tensor."""
+    def names(self, key: Any) -> list[str]:
+        """Names of the tensors below one top-level key, tied ones as what they share."""
+        refs: list[str] = []
+
+        def note(name: str) -> Stub:
+            refs.append(name)
+            return Stub(name)
+
+        self.decode(key, note, late=True)
+        return refs
+
+    def decode(self, key: Any, tensor: Callable[[str], object], *, late: bool = False) -> Any:
+        """The value below one top-level key, with ``tensor(stored name)`` for each tensor.
+
+        Args:
+            late: what ``tensor`` gives isn't filled yet: leave registered types that hold some opaque.
+        """
 
         def leaf(ref: tree.TensorRef | tree.PerRankRef | tree.Composite) -> object:
             if isinstance(ref, tree.Composite):
@@ -144,9 +209,9 @@ class StoredState:
                 return tensor(name)
             if ref.key not in self._own:
                 return MISSING
-            return tree.decode(self._own[ref.key], leaf, trusted="loaded", unknown="opaque")
+            return tree.decode(self._own[ref.key], leaf, trusted="loaded", unknown="opaque", late=late)
 
-        return tree.decode(self._subtrees[key], leaf, trusted="loaded", unknown="opaque")
+        return tree.decode(self._subtrees[key], leaf, trusted="loaded", unknown="opaque", late=late)
 
     def _whole(self, key: str, stored: tree.Composite) -> object:
         """The tensor, once its parts are tensors; what stands for it while they are stubs."""
@@ -186,16 +251,29 @@ def dotted(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
-def visible_stubs(value: Any) -> set[str]:
-    """Names of the stubs :func:`substitute` would find."""
-    names: set[str] = set()
+def visible_stubs(value: Any) -> Counter[str]:
+    """Names of the stubs :func:`substitute` would find, with how often each."""
+    names: Counter[str] = Counter()
 
     def note(stub: Stub) -> Stub:
-        names.add(stub.name)
+        names[stub.name] += 1
         return stub
 
     substitute(value, note)
     return names
+
+
+def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], object]]:
+    """What :func:`substitute` would not look into, scalars and stubs left out, with the way there."""
+    cls = type(value)
+    if cls in (dict, OrderedDict, defaultdict):
+        for key in value:
+            yield from _leaves(value[key], (*path, key))
+    elif cls in (list, deque) or isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _leaves(item, (*path, i))
+    elif value is not None and not isinstance(value, (bool, int, float, str, Stub, tree.Composite)):
+        yield path, value
 
 
 class _Missing:
@@ -276,20 +354,24 @@ def _holds_stub(value: Any) -> bool:
 
 
 def substitute(
-    value: Any, tensor: Callable[[Stub], Any], compose: Callable[[tree.Composite], Any] = lambda stored: stored
+    value: Any,
+    tensor: Callable[[Stub], Any],
+    compose: Callable[[tree.Composite | tree.Opaque], Any] = lambda stored: stored,
 ) -> Any:
     """``value`` with every visible stub replaced; dicts and lists are changed in place, tuples made anew.
 
     Args:
         tensor: gives what takes the place of a stub.
-        compose: gives what takes the place of a composite tensor whose parts have been replaced. One with a part that
-            became MISSING is MISSING.
+        compose: gives what takes the place of an opaque value, and of a composite tensor whose parts have been replaced;
+            one with a part that became MISSING is MISSING.
     """
     if isinstance(value, Stub):
         return tensor(value)
     if isinstance(value, tree.Composite):
         parts = {name: substitute(part, tensor, compose) for name, part in value.parts.items()}
         return MISSING if any(p is MISSING for p in parts.values()) else compose(replace(value, parts=parts))
+    if isinstance(value, tree.Opaque):
+        return compose(value)
     cls = type(value)
     if cls in (dict, OrderedDict, defaultdict):
         for key in value:

@@ -170,15 +170,13 @@ class Matcher:
         """Put a stored value in place once all is read, tensors in it included."""
         if not isinstance(stored, Stub) and not self.wants(key):
             return
-        if isinstance(stored, tree.Opaque):
-            raise FormatError(
-                f"{key!r} holds a {stored.name}, which this process doesn't know",
-                hint="import the module that defines or registers it",
-                key=key,
-            )
         value = self.read_into_new(key, stored)
         if value is not MISSING:
-            self.found.actions.append((key, lambda: replace(value)))
+            self.found.actions.append((key, lambda: replace(self.late(value))))
+
+    def late(self, value: Any) -> Any:
+        """The value itself, with objects in it that hold tensors made of the filled ones. For actions."""
+        return self._stored.late(value)
 
     def read_into_new(self, key: str, stored: Any, allowed: type | None = None) -> Any:
         """``stored`` with new CPU tensors for its stubs; MISSING if it is a tensor nobody wants.
@@ -190,7 +188,18 @@ class Matcher:
         def allocate(stub: Stub) -> Any:
             return self._allocate(key, stub.name) if self.wants(key, stub.name) else MISSING
 
-        return substitute(stored, allocate, lambda whole: self._stored.put_together(key, whole, allowed))
+        def compose(whole: tree.Composite | tree.Opaque) -> Any:
+            if isinstance(whole, tree.Composite):
+                return self._stored.put_together(key, whole, allowed)
+            if self._stored.is_late(whole) or not self.wants(key):
+                return whole
+            raise FormatError(
+                f"{key!r} holds a {whole.name}, which this process doesn't know",
+                hint="import the module that defines or registers it",
+                key=key,
+            )
+
+        return substitute(stored, allocate, compose)
 
     def _allocate(self, key: str, name: str) -> torch.Tensor:
         if name in self._new:  # tied when it was saved, and so again
@@ -348,7 +357,7 @@ class Matcher:
                 key, f"stored is a {type(stored).__name__}, the target is a mapping"
             )
             return
-        if not target:
+        if not target or (not isinstance(target, MutableMapping) and not has_fillable(target)):
             self.put(key, stored, self._in_place(target, replace))
             return
         used: set[Any] = set()
@@ -388,7 +397,7 @@ class Matcher:
             value = self._adopt(key, stored, target.state_dict())
         finally:
             self._only = only
-        self.found.actions.append((key, lambda: target.load_state_dict(value)))
+        self.found.actions.append((key, lambda: target.load_state_dict(self.late(value))))
 
     def _adopt(self, key: str, stored: Any, current: Any) -> Any:
         """The stored state, with the object's own sharded tensors where it has some, new tensors elsewhere."""
@@ -484,7 +493,7 @@ def _described(target: torch.Tensor) -> str:
 
 def _overwriter(key: str, target: torch.Tensor) -> Replace:
     """How a module's tensor takes a new one: it stays the same object."""
-    if composites.is_composite(target):
+    if isinstance(target, torch.Tensor):
         return lambda new: composites.overwrite(target, new)
     return _cannot_replace(key)
 

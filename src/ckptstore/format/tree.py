@@ -37,7 +37,7 @@ from ckptstore.format.types_base import (
     type_name,
 )
 from ckptstore.format.types_engine import Decoder, Encoder
-from ckptstore.format.types_registered import is_registered, register_type
+from ckptstore.format.types_registered import is_known, is_registered, register_type
 
 __all__ = [
     "VERSION",
@@ -52,6 +52,7 @@ __all__ = [
     "decode",
     "encode",
     "fqn",
+    "is_known",
     "is_registered",
     "iter_leaves",
     "register_type",
@@ -100,6 +101,7 @@ def decode(
     *,
     trusted: Trusted = (),
     unknown: Literal["raise", "opaque"] = "raise",
+    late: bool = False,
 ) -> Any:
     """The value that ``encode`` was given.
 
@@ -111,11 +113,13 @@ def decode(
             dataclass, a namedtuple or a pydantic model; nothing of theirs is called. ``"loaded"`` suits a training
             program that reads its own checkpoints; the default, none, suits a tool that reads anybody's.
         unknown: ``"raise"``, or ``"opaque"``: put an :class:`Opaque` where a value of an unknown type was.
+        late: put an :class:`Opaque`, too, where a registered type holds references, instead of calling its decoder
+            with what only stands for tensors.
 
     Raises:
         FormatError: damaged, written by a newer version, or a type that this process doesn't know; names the key.
     """
-    decoder = Decoder(leaf, trusted=_trust(trusted), unknown=unknown)
+    decoder = Decoder(leaf, trusted=_trust(trusted), unknown=unknown, late=late)
     root = _root(tree)
     try:
         return decoder.value(root, ())

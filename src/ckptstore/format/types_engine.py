@@ -118,6 +118,7 @@ class Decoder:
         trusted: may this loaded class be rebuilt from its fields?
         unknown: what becomes of types this process doesn't know.
         registered: use types registered in this process; without, the result depends on the tree alone.
+        late: leave registered types that hold references opaque: their decoders want what is referred to.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Decoder:
         trusted: Callable[[type], bool],
         unknown: Literal["raise", "opaque"],
         registered: bool = True,
+        late: bool = False,
     ) -> None:
         self._leaf = leaf
         self._leaf_error: BaseException | None = None
@@ -134,6 +136,7 @@ class Decoder:
         self.trusted = trusted
         self.unknown = unknown
         self.registered = registered
+        self.late = late
         #: Something in what was decoded is a reference or opaque.
         self.is_marked = False
 

@@ -11,7 +11,9 @@ from ckptstore.format.types_base import (
     BY_TAG,
     BY_TYPE,
     SCALARS,
+    TAG,
     Json,
+    Opaque,
     Path,
     TypeCodec,
     is_unicode,
@@ -82,6 +84,11 @@ def is_registered(cls: type) -> bool:
     return codec is not None and codec.tag == "type"
 
 
+def is_known(opaque: Opaque) -> bool:
+    """Whether this process could decode it: its type is registered here."""
+    return type(opaque.data) is dict and opaque.data.get(TAG) == "type" and opaque.name in _BY_NAME
+
+
 _REGISTERED_FIELDS = frozenset({"name", "v"})
 
 
@@ -104,7 +111,11 @@ def _decode_registered(dec: Decoder, node: Json, path: Path) -> Any:
     if entry is None:
         hint = "import the code that registers it before loading (ckptstore.register_type)"
         return dec.opaque(name, node, path, f"the type {name!r:.80} is not registered in this process", hint)
+    marked, dec.is_marked = dec.is_marked, False
     plain = dec.value(node.get("v"), path)
+    holds_references, dec.is_marked = dec.is_marked, marked or dec.is_marked
+    if dec.late and holds_references:
+        return Opaque(name, node)
     try:
         return entry.decode(plain)
     except Exception as error:

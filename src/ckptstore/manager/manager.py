@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import signal as signals
@@ -406,7 +407,8 @@ class CheckpointManager:
         progress, policy = self._progress, self._policy
         pending = self._watch.pending if self._watch is not None else None
         if self._desk is None:
-            self._desk = NewsDesk(self.store.agreement, grace_s=self._grace_s)
+            periods = [rule.seconds for rule in policy.rules() if isinstance(rule, EverySeconds)]
+            self._desk = NewsDesk(self.store.agreement, grace_s=self._grace_s, period_s=min(periods, default=math.inf))
         if self._desk.is_alone:
             reason = policy.due(progress.moment(end=self._end))
             self._note_end(reason)

@@ -9,6 +9,7 @@ With one process there is nothing to ask.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ MAX_EVERY = 1024
 APART_S = 600.0
 #: A tenth of the grace goes to noticing, the rest to saving.
 GRACE_SHARE = 0.1
+#: Saves by the clock may be late by this part of their period, twice.
+PERIOD_SHARE = 0.05
 MAX_REACTION_S = 1.0
 
 
@@ -45,11 +48,19 @@ class NewsDesk:
 
     Args:
         grace_s: seconds between a signal and the kill.
+        period_s: seconds between saves by the clock, which should come on time too.
     """
 
-    def __init__(self, agreement: Agreement, *, grace_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        agreement: Agreement,
+        *,
+        grace_s: float,
+        period_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._agreement = agreement
-        self._reaction_s = min(MAX_REACTION_S, grace_s * GRACE_SHARE)
+        self._reaction_s = min(MAX_REACTION_S, grace_s * GRACE_SHARE, period_s * PERIOD_SHARE)
         self._clock = clock
         self._is_first = agreement.rank == 0
         self.is_alone = agreement.world_size == 1

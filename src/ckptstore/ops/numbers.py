@@ -29,8 +29,10 @@ def convert(data: Bytes, source: str, target: str) -> Bytes:
         values = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:
         values = data.view(source)
+    if target == "float16":
+        values = _to_float32(values)  # torch rounds twice, too
     if target != "bfloat16":
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             return values.astype(target).view(np.uint8)
     bits = _to_float32(values).view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
@@ -39,5 +41,5 @@ def convert(data: Bytes, source: str, target: str) -> Bytes:
 
 
 def _to_float32(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         return values.astype(np.float32)

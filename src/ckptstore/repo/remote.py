@@ -445,20 +445,15 @@ class RemoteTier:
             return
 
     def delete(self, save: RemoteSave) -> None:
-        """Take the commit point away, then summary and shard manifests: the save is gone at once. Idempotent.
+        """Take the commit point away, then the summary: the save is gone at once. Idempotent.
 
-        Its packs may be referred to by others and are left to gc.
+        Its shard manifests and packs are left to gc: somebody may be reading them, or sending this very save again.
 
         Raises:
             CredentialsError: without the right to delete.
         """
         self.blob.delete([self._prefix + save.key])
         self.blob.delete([self._prefix + save.summary_key])
-        prefix = f"{self._prefix}shards/{save.save_id}/"
-        found = [info.key for info in self.blob.list(prefix)]
-        ours = [key for key in found if parse_shard_name(key.removeprefix(prefix)) is not None]
-        if ours:
-            self.blob.delete(ours)
 
     # --- for gc: exact keys of this run, and what lies under them
 

@@ -179,6 +179,18 @@ class SaveHandle:
                 if not future.done():
                     future.set_exception(failure)
 
+    def pass_over(self, tier: str) -> None:
+        """By policy this save is never sent to this remote: what waits for that resolves with ``info.skipped`` set."""
+        with self._lock:
+            if tier not in self.remotes or self.remotes[tier].done():
+                return
+            info = replace(self._info, tiers=dict(self._tiers), skipped=True)
+            self.remotes[tier].set_result(info)
+            held = {name for name in self.remotes if self._tiers.get(name) == "complete"}
+            possible = held | {name for name, future in self.remotes.items() if not future.done()}
+            if len(possible) < self._quorum and not self._futures["remote"].done():
+                self._futures["remote"].set_result(info)
+
     def failure(self) -> SaveFailedError | None:
         """The error of the lowest level that failed, if any did."""
         for future in self._futures.values():

@@ -202,6 +202,8 @@ class Session:
         elif event.kind == "remote":
             summary, stored_bytes = data["summary"], data["stored_bytes"]
             handle.reach("remote", data["remote"], size_bytes=summary["size_bytes"], stored_bytes=stored_bytes)
+        elif event.kind == "skipped":
+            handle.pass_over(data["remote"])
         elif event.kind == "announced":
             handle.reach(data["level"])
         elif event.kind == "sealed" and not several:

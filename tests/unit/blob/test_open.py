@@ -72,7 +72,7 @@ def test_retries_are_around_the_store_when_asked_for() -> None:
 def test_a_third_partys_store_opens_when_its_entry_point_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("tape", f"{__name__}:open_tape", url.ENTRY_POINT_GROUP)
     broken = EntryPoint("broken", f"{__name__}:open_broken", url.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(url, "entry_points", lambda group: EntryPoints([entry, broken]))
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: EntryPoints([entry, broken]))
     monkeypatch.setitem(sys.modules, __name__, sys.modules[test_retries_are_around_the_store_when_asked_for.__module__])
     store = open_blob_store("tape://library/7", environ={"A": "b"}, retry=False)
     assert isinstance(store, MemoryBlobStore)

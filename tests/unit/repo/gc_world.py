@@ -76,6 +76,33 @@ def crash() -> None:
     raise Crash
 
 
+class Paused:
+    """An operation in another process that has come to its ``at``-th request and waits there until it is resumed."""
+
+    def __init__(self, operation: Callable[[Sequence[Interruption]], object], at: int, is_after: bool) -> None:
+        self._reached = threading.Event()
+        self._go_on = threading.Event()
+        plan = [Interruption(at, self._wait, is_after)]
+        self._thread = threading.Thread(target=self._run, args=(operation, plan))
+        self._thread.start()
+        assert self._reached.wait(60), "the other process neither ends nor comes to that request"
+
+    def _run(self, operation: Callable[[Sequence[Interruption]], object], plan: Sequence[Interruption]) -> None:
+        try:
+            operation(plan)
+        finally:
+            self._reached.set()
+
+    def _wait(self) -> None:
+        self._reached.set()
+        self._go_on.wait(60)
+
+    def resume(self) -> None:
+        self._go_on.set()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+
 @dataclass
 class World:
     """A run in a bucket, its local checkpoints, and what was promised."""
@@ -84,6 +111,7 @@ class World:
     clock: ManualClock = field(default_factory=ManualClock)
     paths: list[Path] = field(default_factory=list)
     promised: set[str] = field(default_factory=set)
+    paused: list[Paused] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.server = MemoryBlobStore(new_nonce(), clock=self.clock)
@@ -125,6 +153,18 @@ class World:
             self.tier_of(Client(self.server, plan)).delete(save)
         except (Crash, CkptError):
             return
+        finally:
+            self.promised.discard(save.save_id)  # whoever pushed it meanwhile wanted the opposite
+
+    def pause(self, operation: Callable[[Sequence[Interruption]], object], at: int, is_after: bool = False) -> None:
+        """Begin an operation that stops at one of its requests."""
+        if len(self.paused) < 2:
+            self.paused.append(Paused(operation, at, is_after))
+
+    def resume(self) -> None:
+        """Let the oldest of those that wait go on, to its end."""
+        if self.paused:
+            self.paused.pop(0).resume()
 
     def wait(self, hours: float) -> None:
         self.clock.sleep(timedelta(hours=hours).total_seconds())
@@ -159,6 +199,8 @@ class World:
 
     def collect_all(self) -> None:
         """Collect until everything dead is gone."""
+        while self.paused:
+            self.resume()
         for _ in range(6):
             self.wait(8 * 24)
             self.collect()

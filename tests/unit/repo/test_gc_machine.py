@@ -34,6 +34,10 @@ happenings = st.one_of(
     st.tuples(st.just("gc"), small),
     st.tuples(st.just("gc a day later"), small),
     st.tuples(st.just("delete, gc, a day, gc"), small),
+    st.tuples(st.just("pause gc"), requests),
+    st.tuples(st.just("delete, pause gc"), requests),
+    st.tuples(st.just("pause push"), requests),
+    st.just(("resume", 0)),
 )
 plans = st.lists(st.tuples(requests, st.booleans(), happenings), max_size=3)
 
@@ -43,10 +47,13 @@ class GcMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self._folder = tempfile.TemporaryDirectory()
+        shared = "/dev/shm"  # fsync is not the subject here
+        self._folder = tempfile.TemporaryDirectory(dir=shared if os.path.isdir(shared) else None)
         self.world = World(Path(self._folder.name))
 
     def teardown(self) -> None:
+        while self.world.paused:
+            self.world.resume()
         self._folder.cleanup()
 
     def plan(self, drawn: list[tuple[int, bool, tuple[str, int]]]) -> list[Interruption]:
@@ -58,6 +65,14 @@ class GcMachine(RuleBasedStateMachine):
         def later() -> None:
             world.wait(25)
             world.collect()
+
+        def pause_push() -> None:
+            which = number % len(world.paths)
+            world.pause(lambda plan: world.push(which, plan), number)
+
+        def delete_and_pause_gc() -> None:
+            world.delete(number)
+            world.pause(world.collect, number)
 
         def deleted_and_collected() -> None:
             world.delete(number)
@@ -71,6 +86,10 @@ class GcMachine(RuleBasedStateMachine):
             "gc": lambda: world.collect() and None,
             "gc a day later": later,
             "delete, gc, a day, gc": deleted_and_collected,
+            "pause gc": lambda: world.pause(world.collect, number),
+            "delete, pause gc": delete_and_pause_gc,
+            "pause push": pause_push,
+            "resume": world.resume,
         }[name]
 
     @initialize(seeds=st.lists(small, min_size=1, max_size=2))
@@ -98,6 +117,19 @@ class GcMachine(RuleBasedStateMachine):
     @rule(number=small, plan=plans)
     def delete(self, number: int, plan: Any) -> None:
         self.world.delete(number, self.plan(plan))
+
+    @rule(at=requests, is_after=st.booleans())
+    def collect_and_pause(self, at: int, is_after: bool) -> None:
+        self.world.pause(self.world.collect, at, is_after)
+
+    @rule(number=small, at=requests, is_after=st.booleans())
+    def push_and_pause(self, number: int, at: int, is_after: bool) -> None:
+        which = number % len(self.world.paths)
+        self.world.pause(lambda plan: self.world.push(which, plan), at, is_after)
+
+    @rule()
+    def resume(self) -> None:
+        self.world.resume()
 
     @rule(time=hours)
     def wait(self, time: float) -> None:
@@ -127,7 +159,7 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 def test_nothing_needed_is_ever_lost_when_anything_happens_in_any_order() -> None:
     run_state_machine_as_test(
         GcMachine,
-        settings=settings(max_examples=40 * SCALE, stateful_step_count=12, deadline=None, suppress_health_check=QUIET),
+        settings=settings(max_examples=60 * SCALE, stateful_step_count=12, deadline=None, suppress_health_check=QUIET),
     )
 
 
@@ -169,7 +201,7 @@ _CONDEMNED: set[str] = set()
 _is_needed = Marks.is_needed
 
 
-@pytest.mark.parametrize("mutation", [blind_to_lists, without_grace, without_a_second_look])
+@pytest.mark.parametrize("mutation", [blind_to_intents, blind_to_lists, without_grace, without_a_second_look])
 def test_machine_notices_when_a_guard_is_taken_out(
     mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +210,7 @@ def test_machine_notices_when_a_guard_is_taken_out(
         run_state_machine_as_test(
             GcMachine,
             settings=settings(
-                max_examples=600,
+                max_examples=1500,
                 stateful_step_count=12,
                 deadline=None,
                 suppress_health_check=QUIET,
