@@ -64,7 +64,8 @@ class StoreConfig(BaseModel):
     Pinned and emergency saves, and saves of several nodes, are always sent."""
 
     upload_superseded: bool = True
-    """Also upload saves of an older timeline that a newer one has left behind; False skips them, unless pinned."""
+    """Also upload saves of an older timeline that a newer one has left behind; False skips them, unless pinned or
+    emergency."""
 
     generations: Literal[1, 2] = 2
     """Arena generations per rank: with 2, a save can be taken while the previous one is still being written."""

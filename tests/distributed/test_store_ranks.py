@@ -17,6 +17,7 @@ from store_jobs import (
     refuse_on_one_rank,
     save,
     save_on_nodes,
+    stock_calls,
 )
 
 from ckptstore import CheckpointStore
@@ -84,6 +85,10 @@ def test_all_ranks_fail_when_they_save_different_steps(tmp_path: Path) -> None:
     for result in run_ranks(2, different_step, str(tmp_path / "store")):
         assert type(result).__name__ == "SaveFailedError"
         assert "different steps" in str(result)
+
+
+def test_stock_save_and_load_of_sharded_models_go_through_the_store(tmp_path: Path) -> None:
+    assert run_ranks(2, stock_calls, str(tmp_path / "store")) == [(True, 3, [10])] * 2
 
 
 class TestTwoNodes:

@@ -55,8 +55,8 @@ def assert_same(a: Any, b: Any, where: str = "value") -> None:
         assert_same(sorted(a, key=_rank), sorted(b, key=_rank), where)
     elif isinstance(a, Mapping):
         assert_same(list(a), list(b), f"{where} keys")
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
+        for key, x, y in zip(a, a.values(), b.values(), strict=True):
+            assert_same(x, y, f"{where}.{key}")
         if isinstance(a, defaultdict):
             assert a.default_factory is b.default_factory, where
     elif isinstance(a, np.ndarray):

@@ -100,6 +100,23 @@ def load_and_fetch(rank: int, kind: str, remote: str) -> Any:
     return fingerprint(model, optimizer), dict(info.report.bytes_by_source), info.size_bytes
 
 
+def stock_calls(rank: int, root: str) -> Any:
+    """A save and a load through stock PyTorch's own calls."""
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = make("fsdp")
+    other, other_optimizer = make("fsdp", seed=1)
+    with CheckpointStore(root, config=QUICK) as store:
+        dcp.save({"model": model.state_dict(), "n": 3}, storage_writer=store.writer(10))
+        target = {"model": other.state_dict(), "n": 0}
+        dcp.load(target, storage_reader=store.reader())
+        other.load_state_dict(target["model"])
+        for parameter, source in zip(other.parameters(), model.parameters(), strict=True):
+            other_optimizer.state[parameter] = optimizer.state[source]
+        steps = [info.step for info in store.checkpoints()]
+    return fingerprint(model, optimizer) == fingerprint(other, other_optimizer), target["n"], steps
+
+
 def die(rank: int, moment: str, root: str, remote: str | None) -> Any:
     """Two nodes of one rank each; somebody dies at ``moment`` of the second save, after a first one is complete."""
     folder = node_root(root, rank)

@@ -57,10 +57,27 @@ class Pace:
         with self._lock:
             return self._sent / self._seconds if self._seconds >= _LEAST_SECONDS else None
 
-    def seconds_for(self, plain_bytes: int) -> float | None:
-        """How long so many tensor bytes will take at this rate."""
-        rate = self.plain_bytes_per_s
-        return None if rate is None else plain_bytes / rate
+    def seconds_for(self, plain_bytes: int, waiting_bytes: int = 0, cap: float | None = None) -> float | None:
+        """How long it will take to deal with so many tensor bytes and to send so many that are ready.
+
+        Args:
+            plain_bytes: Of them, the recent share will have to be sent.
+            waiting_bytes: Frames that only have to be sent.
+            cap: Most bytes a second.
+
+        Returns:
+            None: not known yet.
+        """
+        with self._lock:
+            seconds, plain, sent = self._seconds, self._plain, self._sent
+        if seconds < _LEAST_SECONDS or not plain:
+            return None
+        working = plain_bytes * seconds / plain
+        rates = [rate for rate in (sent / seconds, cap) if rate]
+        if not rates:
+            return None if waiting_bytes else working
+        share = min(1.0, (sent + waiting_bytes) / plain)
+        return max(working, (plain_bytes * share + waiting_bytes) / min(rates))
 
 
 def cap_at(config: StoreConfig, local_time: datetime) -> float | None:

@@ -118,6 +118,7 @@ class AgentServer:
         runs = self._all_runs()
         for run in runs:
             run.check_deadlines()
+            run.hurry(self._leave_by)
         if now >= self._next_root_check:
             self._next_root_check = now + ROOT_CHECK_SECONDS
             if not self._root_is_there():

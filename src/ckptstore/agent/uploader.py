@@ -15,17 +15,18 @@ import random
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from ckptstore.agent.arena import libc
 from ckptstore.agent.pace import Pace, cap_at, pack_bytes
+from ckptstore.agent.pending import Upload, left_out, may_leave_out
 from ckptstore.agent.protocol import Event
 from ckptstore.clock import Clock, parse_rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CkptError, ConfigError, CredentialsError, NoStoreError, TransientError
-from ckptstore.format.manifest import RootManifest, ShardManifest, Summary
-from ckptstore.repo import commit, names, timelines
+from ckptstore.format.manifest import RootManifest, Summary
+from ckptstore.repo import commit
 from ckptstore.repo.local import LocalSave, LocalTier
 
 if TYPE_CHECKING:
@@ -39,27 +40,6 @@ MAX_PAUSE_SECONDS = 60.0
 #: After a refusal: somebody has to do something, and may do it without telling us.
 REFUSED_PAUSE_SECONDS = 300.0
 MAX_POLL_SECONDS = 15.0
-#: How long a part of a save on several nodes counts as work while its siblings are missing.
-SIBLING_PATIENCE_SECONDS = 60.0
-
-
-@dataclass
-class Upload:
-    """One pending save on its way to this remote."""
-
-    save: LocalSave
-    state: str = "queued"
-    attempts: int = 0
-    due: float = 0.0
-    pushed_at: float | None = None
-    poll_seconds: float = 0.5
-    error: CkptError | None = None
-    is_reported: bool = False
-    stored_bytes: int = 0
-    sent_bytes: int = 0
-    progress: Progress | None = None
-    plain_bytes: int = 0
-    shards: list[ShardManifest] | None = None
 
 
 class Uploader:
@@ -164,7 +144,7 @@ class Uploader:
             if self._is_refused:
                 return False
             now = self._clock.monotonic()
-            return self._seen < self._news or any(_is_workable(upload, now) for upload in self._uploads.values())
+            return self._seen < self._news or any(upload.is_workable(now) for upload in self._uploads.values())
 
     def is_settled(self) -> bool:
         """Whether the remote has everything the local tier has."""
@@ -175,33 +155,24 @@ class Uploader:
         """For ``status``: nothing secret."""
         with self._condition:
             now = self._clock.now()
-            queue = sorted(self._uploads.values(), key=_age, reverse=True)
+            queue = sorted(self._uploads.values(), key=attrgetter("age"), reverse=True)
             created = [u.save.summary.created_at for u in queue if u.save.summary is not None]
             ages = [(now - parse_rfc3339(text)).total_seconds() for text in created]
             error = self._error
-            rate, seconds_left = self._pace.sent_bytes_per_s, self._pace.seconds_for(sum(map(_bytes_left, queue)))
+            rate = self._pace.sent_bytes_per_s
+            cap = cap_at(self._config, now.astimezone())
+            plain_left, waiting = sum(u.plain_left for u in queue), sum(u.waiting_bytes for u in queue)
+            seconds_left = self._pace.seconds_for(plain_left, waiting, cap)
             return {
                 "rate_bytes_per_s": None if rate is None else round(rate),
-                "cap_bytes_per_s": cap_at(self._config, now.astimezone()),
+                "cap_bytes_per_s": cap,
                 "eta_seconds": 0.0 if not queue else None if seconds_left is None else round(seconds_left, 3),
                 "skipped": len(self._skipped),
                 "lag_seconds": round(max(ages, default=0.0), 3),
                 "is_refused": self._is_refused,
                 "error": None if error is None else {"class": type(error).__name__, "message": error.message},
                 "last_remote": brief(self.last_remote),
-                "queue": [
-                    {
-                        "save_id": u.save.save_id,
-                        "step": u.save.step,
-                        "state": u.state,
-                        "attempts": u.attempts,
-                        "sent_bytes": u.sent_bytes + (u.progress.sent_bytes if u.progress else 0),
-                        "plain_done_bytes": u.progress.plain_done if u.progress else 0,
-                        "plain_total_bytes": u.progress.plain_total if u.progress else u.plain_bytes,
-                        "error": None if u.error is None else u.error.message,
-                    }
-                    for u in queue
-                ],
+                "queue": [upload.describe() for upload in queue],
             }
 
     # ------------------------------------------------------------------ the thread
@@ -275,13 +246,14 @@ class Uploader:
         now = self._clock.monotonic()
         due = [upload for upload in self._uploads.values() if upload.due <= now]
         if due:
-            self._work_on(self._open(), max([u for u in due if self._fits(u)] or due, key=_age))
+            self._work_on(self._open(), max([u for u in due if self._fits(u)] or due, key=attrgetter("age")))
 
     def _fits(self, upload: Upload) -> bool:
         """Whether this save can be finished before the deadline, if there is one and the pace is known."""
         if self._deadline is None:
             return True
-        seconds = self._pace.seconds_for(_bytes_left(upload))
+        cap = cap_at(self._config, self._clock.now().astimezone())
+        seconds = self._pace.seconds_for(upload.plain_left, upload.waiting_bytes, cap)
         return seconds is None or self._clock.monotonic() + seconds <= self._deadline
 
     def _is_cut_short(self, upload: Upload) -> bool:
@@ -296,25 +268,11 @@ class Uploader:
 
     def _leave_out(self) -> None:
         """Drop from the queue what the configuration says need not be sent."""
-        config = self._config
-        if (config.upload_backlog is None and config.upload_superseded) or not self._uploads:
+        if not self._uploads or not may_leave_out(self._config):
             return
-        summaries = [s.summary for s in self._tier.saves(self.run) if s.state == "complete" and s.summary is not None]
-        line = [summary.save_id for summary in timelines.current_line(summaries)]
+        complete = [s.summary for s in self._tier.saves(self.run) if s.state == "complete" and s.summary is not None]
         pinned = self._tier.pins(self.run)
-        for save_id, upload in list(self._uploads.items()):
-            summary = upload.save.summary
-            if summary is None or summary.num_nodes > 1 or save_id in pinned:
-                continue
-            if save_id in line:
-                newer = len(line) - 1 - line.index(save_id)
-                if config.upload_backlog is None or newer < config.upload_backlog or summary.emergency:
-                    continue
-                reason = f"{newer} newer ones go first (upload_backlog={config.upload_backlog})"
-            elif config.upload_superseded:
-                continue
-            else:
-                reason = "it is superseded (upload_superseded=False)"
+        for upload, reason in list(left_out(self._uploads.values(), complete, pinned, self._config)):
             self._skip(upload, reason)
 
     def _skip(self, upload: Upload, reason: str) -> None:
@@ -350,8 +308,7 @@ class Uploader:
                 if save_id in self._uploads:
                     self._uploads[save_id].save = save
                 elif save_id not in self._skipped and (self._committed is None or save_id not in self._committed):
-                    size_bytes = save.summary.size_bytes if save.summary is not None else 0
-                    self._uploads[save_id] = Upload(save, plain_bytes=size_bytes)
+                    self._uploads[save_id] = Upload(save)
             self._seen = self._begun
 
     def _ask_remote(self, remote: RemoteTier) -> None:
@@ -495,25 +452,6 @@ def brief(summary: Summary | None) -> dict[str, Any] | None:
 
 def _order(summary: Summary) -> tuple[int, int]:
     return summary.timeline, summary.step
-
-
-def _age(upload: Upload) -> tuple[float, int, int]:
-    """Sorts older before newer. A part without the summary is of a job that runs on several nodes now."""
-    save = upload.save
-    timeline = float("inf") if save.summary is None else float(save.summary.timeline)
-    return timeline, save.step, names.split_save_id(save.save_id)[1]
-
-
-def _bytes_left(upload: Upload) -> int:
-    """Tensor bytes still to be dealt with, as far as is known."""
-    progress = upload.progress
-    return upload.plain_bytes if progress is None else progress.plain_total - progress.plain_done
-
-
-def _is_workable(upload: Upload, now: float) -> bool:
-    if upload.state == "failed":
-        return False
-    return upload.pushed_at is None or now - upload.pushed_at < SIBLING_PATIENCE_SECONDS
 
 
 def _back_off(failures: int, error: CkptError) -> float:

@@ -40,3 +40,20 @@ def count_bar(verb: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] 
     ) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def bytes_bar(verb: str, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """As :func:`transfer_bar`, for work whose end isn't known: the callback takes the bytes done."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import DownloadColumn, SpinnerColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    with Bar(
+        SpinnerColumn(), TextColumn(verb), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done: bar.update(task, completed=done)

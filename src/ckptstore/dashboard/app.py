@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import resources
@@ -36,6 +37,9 @@ except ImportError as error:
 __all__ = ["create_app"]
 
 Handler = Callable[[Request], Response]
+
+#: Histories of so many checkpoints are remembered.
+MAX_HISTORIES = 16
 
 _TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 _STATIC = ("app.css", "app.js", "charts.js", "icon.svg", "plotly.min.js", "theme.js")
@@ -86,6 +90,7 @@ class _Pages:
     def __init__(self, source: Source, store: str) -> None:
         self._source = source
         self._store = store
+        self._histories: dict[str, dict[str, Any]] = {}
         self._templates = jinja2.Environment(
             loader=jinja2.PackageLoader("ckptstore.dashboard", "templates"),
             autoescape=True,
@@ -97,7 +102,7 @@ class _Pages:
             bytes=words.human_bytes, seconds=words.human_seconds, number=words.human_number, utc=words.utc
         )
         self._templates.globals.update(
-            count=words.count, rfc3339=rfc3339, asset=_asset, version=__version__, query=_query
+            count=words.count, rfc3339=rfc3339, asset=_asset, style_ids=_style_ids, version=__version__, query=_query
         )
 
     # ------------------------------------------------------------------ pages
@@ -227,19 +232,21 @@ class _Pages:
             body["trouble"] = error.message
         return _json(request, body)
 
-    @lru_cache(maxsize=32)  # noqa: B019  lives as long as the application
-    def _history_of(self, run: str, save_id: str) -> dict[str, Any]:
-        found = detail.newest_tree(self._source, self._source.view(run))
-        lists = [] if found is None or found[0] != save_id else curves.histories(found[1])
-        return {"save_id": save_id, "histories": lists, "trouble": None}
-
     def _history(self, view: RunView, save_id: str | None) -> dict[str, Any]:
+        """Of one save, which does not change; the last few are remembered."""
         if save_id is None:
             return {"save_id": None, "histories": [], "trouble": None}
-        try:
-            return self._history_of(view.run, save_id)
-        except CkptError as error:
-            return {"save_id": save_id, "histories": [], "trouble": error.message}
+        known = self._histories.get(save_id)
+        if known is None:
+            try:
+                found = detail.state_tree(self._source.tiers(view.run), detail.find(view, save_id))
+                known = {"save_id": save_id, "histories": curves.histories(found), "trouble": None}
+            except CkptError as error:
+                return {"save_id": save_id, "histories": [], "trouble": error.message}
+            self._histories[save_id] = known
+            while len(self._histories) > MAX_HISTORIES:
+                self._histories.pop(next(iter(self._histories)), None)
+        return known
 
     # ------------------------------------------------------------------ errors
 
@@ -331,6 +338,16 @@ def _content(name: str) -> bytes:
     if name == "plotly.min.js":
         return resources.files(plotly).joinpath("package_data", name).read_bytes()
     return resources.files("ckptstore.dashboard").joinpath("static", name).read_bytes()
+
+
+@lru_cache(maxsize=1)
+def _style_ids() -> tuple[str, ...]:
+    """Style elements that Plotly's bundle makes for itself unless they are there.
+
+    Made by it they would be inline styles without our nonce, which the content policy refuses.
+    """
+    own = re.findall(rb'document\.getElementById\("([0-9a-f]{32,64})"\)', _content("plotly.min.js"))
+    return ("plotly.js-style-global", *(name.decode() for name in own))
 
 
 @lru_cache(maxsize=16)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptstore.dashboard.source import RunView, Source
+from ckptstore.dashboard.source import RunView
 from ckptstore.errors import CheckpointNotFoundError, CkptError
-from ckptstore.format.manifest import Frame, RemoteShard
+from ckptstore.format.manifest import Frame, Json, RemoteShard
 from ckptstore.ops.open import RunTiers
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.repo.record import Record
@@ -120,7 +120,7 @@ def tensors(tiers: RunTiers, record: Record) -> tuple[list[Tensor], str | None]:
 
 def _count(document: RemoteShard, save_id: str, sent: dict[str, list[int]]) -> None:
     """Add up chunks by how they were stored: unchanged, delta, full; and the bytes this save added."""
-    own = [f"packs/{save_id}/" in f"/{pack}" or pack.startswith(f"packs/{save_id}/") for pack in document.packs]
+    own = [pack.startswith(f"packs/{save_id}/") for pack in document.packs]
     counted: set[int] = set()
     for piece, indexes in zip(document.shard.pieces, document.chunks, strict=True):
         row = sent.setdefault(piece.fqn, [0, 0, 0, 0])
@@ -190,15 +190,11 @@ def find(view: RunView, save_id: str) -> Record:
     return record
 
 
-def newest_tree(source: Source, view: RunView) -> tuple[str, Any] | None:
-    """Save_id and encoded state tree of the newest checkpoint; None when the run has none.
+def state_tree(tiers: RunTiers, record: Record) -> Json | None:
+    """The encoded state tree of a checkpoint.
 
     Raises:
         CkptError: its manifests can't be read.
     """
-    if not view.line:
-        return None
-    record = view.by_id[view.line[-1].save_id]
-    tiers = source.tiers(view.run)
     with CheckpointReader(record, tiers.local, tiers.remotes) as reader:
-        return record.save_id, reader.tree
+        return reader.tree

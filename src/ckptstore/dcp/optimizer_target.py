@@ -155,7 +155,8 @@ class _Match:
             return m.read_into_new(key, stored)
         if not m.wants(key):
             return MISSING
-        if isinstance(current, torch.Tensor) and isinstance(stored, (int, float)) and current.numel() == 1:
+        if field == "step" and isinstance(current, torch.Tensor) and isinstance(stored, (int, float)):
+            # Counters were plain numbers once; a captured one has to stay the tensor it is.
             m.found.actions.append((key, lambda: _fill(current, stored)))
             return MISSING
         return m.read_into_new(key, stored)

@@ -63,10 +63,10 @@ def read_state(
     else:
         hidden = (*globs, *(f"{glob}.*" for glob in globs))
 
-        def allocate(_: Any, name: str) -> object:
+        def inside(_: Any, name: str) -> object:
             return tensor(name) if _wanted(hidden, name) else Stub(name)
 
-        stored = StoredState(source, rank=rank, keys=None, allocate=allocate)
+        stored = StoredState(source, rank=rank, keys=None, allocate=inside)
         pruned = {key: _prune(stored, value, str(key), globs, tensor) for key, value in stored.values.items()}
         fill(slots, source, threads=threads)
         result = {key: stored.late(value) for key, value in pruned.items() if value is not MISSING}
@@ -82,7 +82,11 @@ def _prune(stored: StoredState, value: Any, key: str, globs: tuple[str, ...], te
     if isinstance(value, Composite):
         if not _wanted(globs, key):
             return MISSING
-        return substitute(value, lambda stub: tensor(stub.name), lambda whole: stored.put_together(key, whole))
+        return substitute(
+            value,
+            lambda stub: tensor(stub.name),
+            lambda whole: stored.put_together(key, whole) if isinstance(whole, Composite) else whole,
+        )
     cls = type(value)
     if isinstance(value, dict) and value and cls in (dict, OrderedDict, defaultdict):
         kept = {k: _prune(stored, v, f"{key}.{k}", globs, tensor) for k, v in value.items()}

@@ -362,8 +362,8 @@ def substitute(
 
     Args:
         tensor: gives what takes the place of a stub.
-        compose: gives what takes the place of an opaque value, and of a composite tensor whose parts have been replaced;
-            one with a part that became MISSING is MISSING.
+        compose: gives what takes the place of an opaque value, and of a composite tensor whose parts have been
+            replaced; one with a part that became MISSING is MISSING.
     """
     if isinstance(value, Stub):
         return tensor(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -235,6 +236,8 @@ class Matcher:
     def _fill_tensor(self, key: str, target: torch.Tensor, stored: Any, replace: Replace) -> None:
         if isinstance(stored, tree.Composite):
             self._fill_composite(key, target, stored, replace)
+        elif isinstance(stored, tree.Opaque):
+            self.put(key, stored, replace)
         elif not isinstance(stored, Stub):
             self.mismatch(key, f"stored is a {type(stored).__name__}, the target is a tensor")
         elif composites.is_composite(target):
@@ -345,7 +348,7 @@ class Matcher:
         if stored is MISSING:
             return False
         if isinstance(target, torch.Tensor):
-            self._fill_tensor(key, target, stored, replace or _overwriter(key, target))
+            self._fill_tensor(key, target, stored, replace or partial(composites.overwrite, target))
         elif replace is not None:
             self.put(key, stored, replace)
         return True
@@ -489,17 +492,3 @@ def _described(target: torch.Tensor) -> str:
         return composites.described(composites.take_apart("", target))
     except StateError as error:
         return error.message
-
-
-def _overwriter(key: str, target: torch.Tensor) -> Replace:
-    """How a module's tensor takes a new one: it stays the same object."""
-    if isinstance(target, torch.Tensor):
-        return lambda new: composites.overwrite(target, new)
-    return _cannot_replace(key)
-
-
-def _cannot_replace(key: str) -> Replace:
-    def replace(_: Any) -> None:
-        raise LoadMismatchError(f"{key!r} can't be written to", hint="give it memory of its own", key=key)
-
-    return replace

@@ -19,12 +19,14 @@ class Progress:
         plain_total: tensor bytes of the whole transfer.
         sent_bytes: bytes that went over the wire, in either direction.
         stage: ``transfer``, then ``commit``, then ``done``.
+        waiting_bytes: bytes of a push that are ready to be sent, or on their way.
     """
 
     plain_done: int
     plain_total: int
     sent_bytes: int
     stage: Stage
+    waiting_bytes: int = 0
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -48,7 +50,7 @@ class Meter:
         """Bytes over the wire so far."""
         return self._now.sent_bytes
 
-    def add(self, *, plain: int = 0, sent: int = 0, stage: Stage | None = None) -> None:
+    def add(self, *, plain: int = 0, sent: int = 0, waiting: int = 0, stage: Stage | None = None) -> None:
         """Advance, and tell."""
         with self._lock:
             now = self._now
@@ -57,6 +59,7 @@ class Meter:
                 now.plain_total,
                 now.sent_bytes + sent,
                 stage if stage is not None else now.stage,
+                now.waiting_bytes + waiting,
             )
             if self._callback is not None:
                 self._callback(self._now)

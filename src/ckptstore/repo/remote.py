@@ -455,6 +455,20 @@ class RemoteTier:
         self.blob.delete([self._prefix + save.key])
         self.blob.delete([self._prefix + save.summary_key])
 
+    def rewrite(self, save: RemoteSave, root: RootManifest) -> None:
+        """Put a damaged commit's documents right: they are a pure function of the shard manifests.
+
+        Args:
+            save: The commit whose documents are damaged.
+            root: What they must be, from a tier where they are whole.
+
+        Raises:
+            FormatError: it is about another save.
+        """
+        self._check_identity(save, root.summary)
+        self.blob.put(self._prefix + save.summary_key, root.summary.encode())
+        self.blob.put(self._prefix + save.key, root.encode())
+
     # --- for gc: exact keys of this run, and what lies under them
 
     def list_keys(self, folder: str) -> dict[str, ObjectInfo]:

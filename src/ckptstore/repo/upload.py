@@ -471,6 +471,7 @@ class _Packs:
                 future.result()  # stop at the first failure, not after the last chunk
         number, data = self._open.pop(kind)
         self.size_bytes += len(data)
+        self._job.meter.add(waiting=len(data))
         self._sent[number] = self._pool.submit(self._put, data)
 
     def _put(self, data: bytearray) -> str:
@@ -485,7 +486,7 @@ class _Packs:
                 avoid=job.avoid,
             )
             job.remote.renew_intent(shard.save_id)
-            job.meter.add(sent=sent)
+            job.meter.add(sent=sent, waiting=-len(data))
             return key
         finally:
             self._slots.release()

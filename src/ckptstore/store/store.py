@@ -34,10 +34,12 @@ from ckptstore.types import CheckpointInfo, StepLike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
     from torch.optim import Optimizer
 
     from ckptstore.dcp.agreement import Agreement
     from ckptstore.repo.catalog import Catalog, Record
+    from ckptstore.repo.reader import CheckpointReader
     from ckptstore.store.session import Session
 
 log = logging.getLogger("ckptstore")
@@ -300,6 +302,51 @@ class CheckpointStore:
         _, reader, _ = choose(self._open_tiers(), step)
         with reader:
             return read_state(reader, only=only)
+
+    # -- for people who own their dcp.save and dcp.load -----------------------------------------------------------
+
+    def reader(self, step: StepLike = "latest") -> StorageReader:
+        """A ``StorageReader`` for ``torch.distributed.checkpoint.load(state, storage_reader=...)``. Local.
+
+        Nothing is opened before the load; each load looks anew which checkpoint ``step`` means.
+
+        Raises (in the load, as causes of DCP's own error):
+            CheckpointNotFoundError, IntegrityError: as for :meth:`load`.
+        """
+        from ckptstore.dcp.storage_reader import CheckpointStorageReader
+
+        def opened(save_id: str | None) -> CheckpointReader:
+            self._check_open()
+            return choose(self._open_tiers(), step if save_id is None else save_id)[1]
+
+        return CheckpointStorageReader(opened)
+
+    def writer(
+        self,
+        step: int,
+        *,
+        epoch: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        wait: str = "local",
+    ) -> StorageWriter:
+        """A ``StorageWriter`` for ``torch.distributed.checkpoint.save`` and ``async_save(state, storage_writer=...)``.
+
+        Local; the save itself is Collective, and returns when it has the level ``wait``. With ``async_save`` it runs in
+        DCP's thread: until it is done no rank may call another collective method of this store.
+
+        Args:
+            step, epoch, metrics, tags: as for :meth:`save`.
+            wait: "staged", "local" or "remote".
+        """
+        from ckptstore.dcp.storage_writer import CheckpointStorageWriter
+
+        _check_level(wait, self.remotes)
+
+        def save(state: Mapping[str, Any]) -> None:
+            self.save(state, step, epoch=epoch, metrics=metrics, tags=tags, wait=wait)
+
+        return CheckpointStorageWriter(save)
 
     # -- looking --------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from ckptstore.blob import open_blob_store
 from ckptstore.clock import SYSTEM_CLOCK, new_nonce
 from ckptstore.config import StoreConfig
 from ckptstore.errors import ConfigError, CredentialsError, TransientError
-from ckptstore.format.manifest import RootManifest
+from ckptstore.format.manifest import Parent, RootManifest
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.remote import RemoteTier
 from ckptstore.testing.checkpoints import write_checkpoint
@@ -35,11 +35,12 @@ def tier(tmp_path: Path) -> LocalTier:
 def start(tier: LocalTier) -> Iterator[Start]:
     with ExitStack() as stack:
 
-        def begin(url: str) -> tuple[Uploader, list[Event]]:
+        def begin(url: str, config: StoreConfig | None = None) -> tuple[Uploader, list[Event]]:
             events: list[Event] = []
             roots: list[RootManifest] = []
+            settings = config or StoreConfig()
             made = Uploader(
-                tier, "default", "r", url, {"TOKEN": "s3cr3t"}, StoreConfig(), events.append, roots.append, SYSTEM_CLOCK
+                tier, "default", "r", url, {"TOKEN": "s3cr3t"}, settings, events.append, roots.append, SYSTEM_CLOCK
             )
             stack.callback(made.join, 10)
             stack.callback(made.stop)
@@ -195,3 +196,87 @@ def test_a_bad_url_is_an_error_of_each_save(tier: LocalTier, start: Start) -> No
     _, events = start("nope://x")
     until(lambda: events)
     assert isinstance(events[0].exception(), ConfigError)
+
+
+def told(events: list[Event]) -> list[tuple[str, int | None]]:
+    return [(event.kind, event.step) for event in events]
+
+
+NONCE = new_nonce()
+
+
+def save_of(tier: LocalTier, step: int, rows: int = 64, **options: Any) -> Path:
+    """A save of one job."""
+    state = {"w": np.random.default_rng(step).normal(size=(rows, 64)).astype("float32")}
+    return write_checkpoint(tier, state, step=step, save_id=f"{NONCE}-{step}", **options)
+
+
+def test_old_saves_are_skipped_when_the_backlog_is_bounded(tier: LocalTier, start: Start) -> None:
+    url = f"mem://{new_nonce()}"
+    for step in range(1, 6):
+        save_of(tier, step)
+    tier.pin("default", f"{NONCE}-2")
+    made, events = start(url, StoreConfig(upload_backlog=2))
+    until(made.is_settled)
+    assert told(events) == [("skipped", 1), ("skipped", 3), ("remote", 5), ("remote", 4), ("remote", 2)]
+    assert made.describe()["skipped"] == 2
+    assert steps_on(url) == [2, 4, 5]
+    again, events = start(url, StoreConfig(upload_backlog=2))
+    until(again.is_settled)
+    assert told(events) == [("skipped", 1), ("skipped", 3)], "a new agent leaves out the same"
+    made.refresh({}, StoreConfig())
+    until(lambda: steps_on(url) == [1, 2, 3, 4, 5])
+
+
+def test_superseded_saves_are_skipped_when_told(tier: LocalTier, start: Start) -> None:
+    url = f"mem://{new_nonce()}"
+    for step in (1, 2, 3):
+        save_of(tier, step)
+    parent = Parent(save_id=f"{NONCE}-1", timeline=1, step=1)
+    write_checkpoint(tier, {"w": np.zeros(3, "float32")}, step=2, timeline=2, parent=parent)
+    made, events = start(url, StoreConfig(upload_superseded=False))
+    until(made.is_settled)
+    assert sorted(told(events)) == [("remote", 1), ("remote", 2), ("skipped", 2), ("skipped", 3)]
+    everything, events = start(f"mem://{new_nonce()}")
+    until(everything.is_settled)
+    assert {kind for kind, _ in told(events)} == {"remote"}
+
+
+def test_rate_and_time_left_are_told_when_capped(tier: LocalTier, start: Start) -> None:
+    save_of(tier, 1, rows=24_000)  # 6 MB
+    began = time.monotonic()
+    made, _ = start(f"mem://{new_nonce()}", StoreConfig(upload_bytes_per_s=2e6))
+    until(lambda: (made.describe()["eta_seconds"] or 0) > 0.5)
+    seen = made.describe()
+    assert seen["cap_bytes_per_s"] == 2e6
+    assert seen["queue"][0]["plain_total_bytes"] == 6_144_000
+    until(made.is_settled)
+    assert 1.0 < time.monotonic() - began < 20
+    assert made.describe()["rate_bytes_per_s"] < 6e6
+    assert made.describe()["eta_seconds"] == 0
+
+
+def test_what_can_be_finished_goes_first_when_time_is_short(tier: LocalTier, start: Start) -> None:
+    url = f"mem://{new_nonce()}"
+    save_of(tier, 1, rows=16_000)  # 4 MB: teaches the pace
+    made, events = start(url, StoreConfig(upload_bytes_per_s=2e6))
+    until(made.is_settled)
+    made.hurry(time.monotonic() + 8)
+    save_of(tier, 2)
+    save_of(tier, 3, rows=120_000)  # 30 MB: never in 8 s
+    made.notify()
+    until(lambda: len(events) == 2)
+    assert told(events) == [("remote", 1), ("remote", 2)]
+    assert made.describe()["queue"][0]["step"] == 3, "the newest is worked on with what time is left"
+
+
+def test_a_save_that_can_not_be_finished_gives_way_when_time_becomes_short(tier: LocalTier, start: Start) -> None:
+    url = f"mem://{new_nonce()}"
+    save_of(tier, 1)
+    save_of(tier, 2, rows=120_000)
+    made, events = start(url, StoreConfig(upload_bytes_per_s=3e6))
+    until(lambda: (made.describe()["eta_seconds"] or 0) > 2)
+    assert events == []
+    made.hurry(time.monotonic() + 4)
+    until(lambda: events)
+    assert told(events) == [("remote", 1)]

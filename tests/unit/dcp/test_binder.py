@@ -352,12 +352,7 @@ class Wrapper(torch.Tensor):
 
 
 REFUSED = {
-    "sparse_coo": lambda: torch.eye(3).to_sparse(),
-    "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
     "meta": lambda: torch.empty(3, device="meta"),
-    "nested jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
-    "nested strided": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "wrapper": lambda: Wrapper(torch.ones(3)),
 }
 

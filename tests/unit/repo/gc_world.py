@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from ckptstore.blob.memory import MemoryBlobStore
 from ckptstore.clock import ManualClock, new_nonce
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CkptError
 from ckptstore.repo import gc
+from ckptstore.repo.gc_mark import Marks
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.packs import pack_owner, placed
 from ckptstore.repo.remote import RemoteSave, RemoteTier
@@ -33,9 +36,9 @@ class Crash(BaseException):
 
 @dataclass
 class Interruption:
-    """At the ``at``-th request of a client, before or after it reached the server, something happens."""
+    """At the ``at``-th request of a client, or the first one like that, before or after it reached the server."""
 
-    at: int
+    at: int | Callable[[Request], bool]
     what: Callable[[], None]
     is_after: bool = False
 
@@ -45,7 +48,7 @@ class Client(WatchedBlobStore):
 
     def __init__(self, inner: MemoryBlobStore, plan: Sequence[Interruption]) -> None:
         super().__init__(inner, before=self._before, after=self._after)
-        self._plan = {(one.at, one.is_after): one.what for one in plan}
+        self._plan = list(plan)
         self._count = 0
         self._turn = threading.RLock()
         self.is_dead = False
@@ -55,18 +58,22 @@ class Client(WatchedBlobStore):
             if self.is_dead:
                 raise Crash
             self._count += 1
-            self._happen(self._count, False)
+            self._happen(request, False)
 
     def _after(self, request: Request) -> None:
         with self._turn:
-            self._happen(self._count, True)
+            self._happen(request, True)
 
-    def _happen(self, at: int, is_after: bool) -> None:
-        what = self._plan.pop((at, is_after), None)
-        if what is None:
+    def _happen(self, request: Request, is_after: bool) -> None:
+        for one in self._plan:
+            is_here = one.at == self._count if isinstance(one.at, int) else one.at(request)
+            if is_here and one.is_after == is_after:
+                break
+        else:
             return
+        self._plan.remove(one)
         try:
-            what()
+            one.what()
         except Crash:
             self.is_dead = True
             raise
@@ -79,7 +86,9 @@ def crash() -> None:
 class Paused:
     """An operation in another process that has come to its ``at``-th request and waits there until it is resumed."""
 
-    def __init__(self, operation: Callable[[Sequence[Interruption]], object], at: int, is_after: bool) -> None:
+    def __init__(
+        self, operation: Callable[[Sequence[Interruption]], object], at: int | Callable[[Request], bool], is_after: bool
+    ) -> None:
         self._reached = threading.Event()
         self._go_on = threading.Event()
         plan = [Interruption(at, self._wait, is_after)]
@@ -156,7 +165,12 @@ class World:
         finally:
             self.promised.discard(save.save_id)  # whoever pushed it meanwhile wanted the opposite
 
-    def pause(self, operation: Callable[[Sequence[Interruption]], object], at: int, is_after: bool = False) -> None:
+    def pause(
+        self,
+        operation: Callable[[Sequence[Interruption]], object],
+        at: int | Callable[[Request], bool],
+        is_after: bool = False,
+    ) -> None:
         """Begin an operation that stops at one of its requests."""
         if len(self.paused) < 2:
             self.paused.append(Paused(operation, at, is_after))
@@ -204,3 +218,50 @@ class World:
         for _ in range(6):
             self.wait(8 * 24)
             self.collect()
+
+
+# --- guards taken out
+
+
+def blind_to_intents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collector that doesn't know that a save is under way."""
+    monkeypatch.setattr(Marks, "is_live", lambda self, save_id: save_id in self.commits)
+    monkeypatch.setattr(Marks, "is_needed", _without_owners)
+
+
+def _without_owners(marks: Marks, key: str) -> bool:
+    return key in marks.needed if pack_owner(key) is not None else _IS_NEEDED(marks, key)
+
+
+def blind_to_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A committer that doesn't look what is condemned."""
+    monkeypatch.setattr(RemoteTier, "condemned", lambda self: frozenset())
+
+
+def without_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collector that deletes what it condemns at once."""
+    condemn = gc._Collector._condemn
+
+    def now(self: Any, announced: Any, finished: Any, lists: Any, marks: Marks) -> None:
+        garbage = marks.garbage()
+        self._delete(sorted(garbage), garbage)
+        condemn(self, announced, finished, lists, marks)
+
+    monkeypatch.setattr(gc._Collector, "_condemn", now)
+
+
+def without_a_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collector that carries its list out whatever has come to need what is on it."""
+    condemned: set[str] = set()
+    lists = gc._Collector._lists
+
+    def remembering(self: Any) -> Any:
+        found = lists(self)
+        condemned.update(key for _, one in found[0].values() for key in one.keys)
+        return found
+
+    monkeypatch.setattr(gc._Collector, "_lists", remembering)
+    monkeypatch.setattr(Marks, "is_needed", lambda self, key: key not in condemned and _IS_NEEDED(self, key))
+
+
+_IS_NEEDED = Marks.is_needed
