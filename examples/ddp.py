@@ -1,6 +1,6 @@
 """DistributedDataParallel: the same three lines, on every rank.
 
-    torchrun --nproc-per-node 2 examples/ddp.py
+torchrun --nproc-per-node 2 examples/ddp.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FSDP2 (``fully_shard``), optionally hybrid: shards within a group, replicas between groups.
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py
-    torchrun --nproc-per-node 4 examples/fsdp2.py --replicas 2      # HSDP: 2 replicas of 2 shards
+torchrun --nproc-per-node 2 examples/fsdp2.py
+torchrun --nproc-per-node 4 examples/fsdp2.py --replicas 2      # HSDP: 2 replicas of 2 shards
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world_size, log = dist.get_rank(), dist.get_world_size(), toy.Log(args)
     if args.replicas > 1:
-        mesh = init_device_mesh("cpu", (args.replicas, world_size // args.replicas), mesh_dim_names=("replica", "shard"))
+        mesh = init_device_mesh(
+            "cpu", (args.replicas, world_size // args.replicas), mesh_dim_names=("replica", "shard")
+        )
     else:
         mesh = init_device_mesh("cpu", (world_size,))
     model = toy.model()

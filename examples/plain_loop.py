@@ -1,6 +1,6 @@
 """Three lines in a step loop: track, resume, step. Kill it however you like and start it again.
 
-    python examples/plain_loop.py
+python examples/plain_loop.py
 """
 
 from __future__ import annotations

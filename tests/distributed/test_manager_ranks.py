@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manager_jobs import drifting, overhead, raising, resized, signalled, timed, train
+from manager_jobs import bereaved, drifting, overhead, raising, resized, signalled, timed, train
 from ranks import DEAD, run_ranks
 
 
@@ -47,6 +47,14 @@ def test_an_exception_on_one_rank_leaves_the_last_save_and_ends_in_time(tmp_path
     message, seconds, latest = result[1]
     assert (message, latest) == ("loss is bad", 5)
     assert seconds < 22
+
+
+def test_a_rank_whose_peer_died_still_obeys_sigterm(tmp_path: Path) -> None:
+    result = run_ranks(2, bereaved, tmp_path)
+    assert result[1] == DEAD
+    code, seconds, latest = result[0]
+    assert (code, latest) == (143, 20)
+    assert seconds < 5
 
 
 def test_new_ranks_keep_their_own_randomness_when_the_world_grows(tmp_path: Path) -> None:

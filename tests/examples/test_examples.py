@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -55,7 +56,17 @@ def kill_after(process: subprocess.Popen[bytes], log: Path, step: int) -> None:
     process.stderr.close()  # type: ignore[union-attr]
 
 
+def library(name: str, module: str) -> object:
+    """An example that needs a library, skipped where that is not installed."""
+    missing = importlib.util.find_spec(module) is None
+    marks = pytest.mark.skipif(missing, reason=f"needs {module}")
+    return pytest.param([sys.executable, str(EXAMPLES / name)], id=module, marks=marks)
+
+
 CASES = [
+    library("lightning_fit.py", "lightning"),
+    library("accelerate_loop.py", "accelerate"),
+    library("transformers_trainer.py", "transformers"),
     pytest.param([sys.executable, str(EXAMPLES / "plain_loop.py")], id="plain_loop"),
     pytest.param([sys.executable, str(EXAMPLES / "epoch_trainer.py")], id="epoch_trainer"),
     pytest.param([*TORCHRUN, "2", str(EXAMPLES / "ddp.py")], id="ddp"),

@@ -100,7 +100,8 @@ def test_training_goes_on_bit_for_bit_when_loaded(name: str, target: str) -> Non
 
     assert_same(bits(model, optimizer), bits(other, resumed))
     for (i, key), address in storages.items():
-        assert resumed.state_dict()["state"][i][key].data_ptr() == address, "a moment stays where it is"
+        now = resumed.state_dict()["state"][i][key]
+        assert not isinstance(now, torch.Tensor) or now.data_ptr() == address, "a moment stays where it is"
     step(optimizer, model, seed=9)
     step(resumed, other, seed=9)
     assert_same(bits(model, optimizer), bits(other, resumed))

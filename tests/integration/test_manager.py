@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,10 +291,11 @@ def test_a_failed_save_is_survived_until_too_many_fail(tmp_path: Path, caplog: p
         raise fail
 
     store.save = refuse  # type: ignore[method-assign,assignment]
-    with pytest.raises(errors.NoSpaceError), m2:
-        assert m2.step(1) is None
-        assert "no space left" in caplog.text
+    assert m2.step(1) is None
+    assert "no space left" in caplog.text
+    with pytest.raises(errors.NoSpaceError):
         m2.step(2)
+    store.close()
 
 
 def test_the_disk_forecast_is_said_when_room_gets_short(
@@ -320,3 +323,84 @@ def test_curves_reach_a_summary_writer(tmp_path: Path) -> None:
     assert points["ckptstore/save_stall_seconds"] == [1]
     assert points["ckptstore/local_step"] == [1]
     assert points["ckptstore/local_lag_seconds"] == [1]
+
+
+@pytest.mark.parametrize(("answer", "step"), [("", 8), ("y", 8), ("4", 4), ("n", 0), ("5\ny", 8)])
+def test_a_person_at_the_terminal_chooses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], answer: str, step: int
+) -> None:
+    with manager(tmp_path).track(w=torch.zeros(1)) as m:
+        for each in (4, 8):
+            m.save_checkpoint(global_step=each, epoch=1, metrics={"loss": 0.25})
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs) as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        os.write(ours, answer.encode() + b"\n")
+        point = manager(tmp_path, resume="ask").track(w=torch.zeros(1)).resume()
+    os.close(ours)
+    assert point.step == step
+    assert "step 8  epoch 1  0 s ago  loss 0.25" in capfd.readouterr().err
+
+
+def test_nobody_is_asked_without_a_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with manager(tmp_path).track(w=torch.zeros(1)) as m:
+        m.save_checkpoint(global_step=4)
+    with caplog.at_level(logging.INFO, logger="ckptstore"):
+        assert manager(tmp_path, resume="ask").track(w=torch.zeros(1)).resume().step == 4
+    assert "without a terminal" in caplog.text
+
+
+def test_the_explicit_face_works_with_exactly_these_names(tmp_path: Path) -> None:
+    """The calls of an epoch-style trainer, as they are written there."""
+
+    def make() -> tuple[nn.Module, Any, Any]:
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(model.parameters())
+        return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    model, optimizer, scheduler = make()
+    with CheckpointManager(
+        save_dir=tmp_path, model_name="org/my model", save_freq=1, logger=logging.getLogger("t"), config=CONFIG
+    ) as m:
+        assert not m.has_checkpoints()
+        for epoch in range(3):
+            model(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+            scheduler.step()
+            m.save_checkpoint(
+                model=model,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                epoch=epoch,
+                global_step=epoch + 1,
+                loss_history=[0.5] * (epoch + 1),
+                metrics={"avg_loss": 1.0 - epoch % 2},
+                tokenizer=None,
+                config={"a": 1},
+                is_best=epoch == 1,
+                is_emergency=epoch == 2,
+            )
+    model2, optimizer2, scheduler2 = make()
+    m = CheckpointManager(save_dir=tmp_path, model_name="org/my model", save_freq=1, config=CONFIG)
+    assert m.has_checkpoints()
+    epoch, step = m.load_checkpoint(model=model2, optimizer=optimizer2, scheduler=scheduler2, latest=True)
+    assert (epoch, step) == (2, 3)
+    assert torch.equal(model2.weight, model.weight)
+    assert scheduler2.get_last_lr() == scheduler.get_last_lr()
+    assert m.point.history == [0.5] * 3
+    assert (m.point.epoch_finished, m.point.info.emergency) == (False, True)  # type: ignore[union-attr]
+    again = CheckpointManager(save_dir=tmp_path, model_name="org/my model", monitor="avg_loss", config=CONFIG)
+    assert again.load_checkpoint(model=model2, best=True) == (1, 2)
+    bare = CheckpointManager(save_dir=tmp_path, model_name="org/my model", config=CONFIG)
+    assert bare.load_checkpoint(latest=True) == (2, 3)
+
+
+def test_a_step_without_a_save_costs_next_to_nothing(tmp_path: Path) -> None:
+    with manager(tmp_path, save_every_steps=10**9, save_every_seconds=3600).track(w=torch.zeros(2)) as m:
+        m.step(1)
+        spent = []
+        for step in range(2, 2002):
+            began = time.perf_counter()
+            m.step(step, epoch=1, metrics={"loss": 1.0})
+            spent.append(time.perf_counter() - began)
+    assert sorted(spent)[1000] < 0.001 * 0.050

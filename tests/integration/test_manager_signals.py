@@ -76,9 +76,7 @@ def resumed(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", -signal.SIGINT)], ids=str
-)
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", -signal.SIGINT)], ids=str)
 def test_a_signal_ends_in_an_emergency_checkpoint(tmp_path: Path, name: str, code: int) -> None:
     with job(tmp_path, "--every", "1000") as running:
         running.until("step", step=10)

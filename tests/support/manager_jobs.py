@@ -96,6 +96,26 @@ def raising(rank: int, folder: Path, who: tuple[int, ...]) -> tuple[str, float, 
     return "", 0.0, 0
 
 
+def bereaved(rank: int, folder: Path) -> tuple[int | None, float, int]:
+    """Rank 1 dies after a save; rank 0 gets SIGTERM some time later: exit code, seconds it took, newest step."""
+    m = manager(folder, policy=AtSteps((20,))).track(w=torch.zeros(2))
+    sent, code = 0.0, None
+    try:
+        with m:
+            for step in range(1, 3000):
+                time.sleep(0.01)
+                m.step(step)
+                if step == 40 and rank == 1:
+                    m.store.wait("local")
+                    os._exit(1)
+                if step == 400:
+                    sent = time.monotonic()
+                    os.kill(os.getpid(), signal.SIGTERM)
+    except Preempted as preempted:
+        code = int(preempted.code or 0)
+    return code, time.monotonic() - sent, m._safety.steps.get("local", -1)
+
+
 def resized(rank: int, folder: Path, resume: bool) -> tuple[Any, list[float]]:
     """Per-rank state and random numbers over a change of the world size."""
     torch.manual_seed(1000 + rank)

@@ -19,7 +19,7 @@ CONFIG = StoreConfig(agent_idle_exit_seconds=1.0, deadline_s=15.0)
 
 
 class Training:
-    """Model, optimizer, scheduler and shuffled data of one job; ``seed`` differs for jobs that must resume, not redo."""
+    """Model, optimizer, scheduler and shuffled data; ``seed`` differs for jobs that must resume, not redo."""
 
     def __init__(self, seed: int = 0, *, rank: int = 0, ddp: bool = False) -> None:
         torch.manual_seed(seed + 100 * rank)

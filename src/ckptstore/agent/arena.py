@@ -80,6 +80,8 @@ class Generation:
     capacity_bytes: int
     state: State = State.FREE
     save_id: str | None = None
+    holds: tuple[str, int] | None = None
+    """(save_id, rank) whose image was sealed here last and has not been written over since, committed or not."""
 
     def __post_init__(self) -> None:
         _alive.add(self)
@@ -173,6 +175,7 @@ class Slot:
             with _budget:
                 self._resize(capacity, wanted)
             for generation in self.generations:
+                generation.holds = None
                 _write_skeleton(generation.memory, layout, pieces)
             layout = replace(layout, segments=())  # written, and large
             with self._condition:
@@ -233,7 +236,7 @@ class Slot:
             generation = self._free()
             if generation is None:
                 return None
-            generation.state, generation.save_id = State.FILLING, save_id
+            generation.state, generation.save_id, generation.holds = State.FILLING, save_id, None
             return generation.index
 
     def _free(self) -> Generation | None:

@@ -271,6 +271,23 @@ class AgentClient:
 
     # ------------------------------------------------------------------ looking, waiting, ending
 
+    def borrow(self, run: str, save_id: str) -> dict[int, mmap.mmap]:
+        """Rank -> the image of its shard file, read-only, of those that are still in the agent's memory.
+
+        A later save may write over them at any time: believe nothing that isn't verified after it was copied.
+        """
+        images: dict[int, mmap.mmap] = {}
+        while True:
+            request = {"op": "borrow", "run": run, "save_id": save_id, "after": max(images, default=-1)}
+            answer, fds = self._ask(request, ANSWER_TIMEOUT_S)
+            try:
+                for (rank, size), fd in zip(answer["parts"], fds, strict=True):
+                    images[rank] = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+            finally:
+                close_fds(fds)
+            if not answer["parts"]:
+                return images
+
     def status(self) -> dict[str, Any]:
         """What the agent is doing; plain JSON."""
         return self._call("status")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from ckptstore._version import __version__
 from ckptstore.agent.jobs import Attachment, RunJobs
 from ckptstore.agent.protocol import (
+    MAX_FDS,
     PROTOCOL,
     Channel,
     Event,
@@ -190,6 +191,8 @@ class Connection:
         server.check_root()
         server.tier.make_run(run)
         server.idle_exit_seconds = config.agent_idle_exit_seconds
+        if config.metrics_port is not None:
+            server.serve_metrics(config.metrics_port)
         self._jobs = server.jobs_of(run, config)
         self.attachment = self._jobs.attach(
             slot,
@@ -257,6 +260,14 @@ class Connection:
         return {
             "number": jobs.claim_timeline(request["at_least"], record.encode() if isinstance(record, str) else record)
         }, []
+
+    def _op_borrow(self, request: Json) -> Answer:
+        """Lend the images of a save that are still in memory, to be read; a few at a time, by rank."""
+        jobs = self._server.known_jobs(check_run_name(request["run"]))
+        held = jobs.held(request["save_id"]) if jobs is not None else []
+        wanted = [item for item in held if item[0] > request["after"]][:MAX_FDS]
+        close_fds([fd for _, fd, _ in held if fd not in {item[1] for item in wanted}])
+        return {"parts": [[rank, size] for rank, _, size in wanted]}, [fd for _, fd, _ in wanted]
 
     def _op_status(self, _request: Json) -> Answer:
         return self._server.status(), []

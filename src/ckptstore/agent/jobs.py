@@ -7,11 +7,12 @@ rank that is lost, or too late, drops it for all. Nothing here blocks on a disk 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptstore.agent.arena import Generation, Slot, State
 from ckptstore.agent.protocol import Event, SealRequest
@@ -25,6 +26,9 @@ from ckptstore.format.manifest import RootManifest, Summary, canonical
 from ckptstore.format.stock import Layout, PieceSpec
 from ckptstore.repo import commit, names, timings
 from ckptstore.repo.local import LocalTier
+
+if TYPE_CHECKING:
+    from ckptstore.blob.retry import Retry
 
 log = logging.getLogger("ckptstore.agent")
 
@@ -83,6 +87,19 @@ class SaveJob:
         return [rank for rank in self.local_ranks if rank not in self.parts]
 
 
+class Watcher(Protocol):
+    """Hears of everything that happens to saves, for metrics. Must not block or raise."""
+
+    def event(self, run: str, event: Event) -> None:
+        """Trainers are told this."""
+
+    def written(self, run: str, ranks: Mapping[str, Mapping[str, float]], timing: Mapping[str, float]) -> None:
+        """A part is on disk: seconds by rank and stage, and by stage of this node."""
+
+    def retried(self, op: str, reason: str) -> None:
+        """A request to a remote is about to be tried again."""
+
+
 class RunJobs:
     """Everything the agent does for one run. Thread-safe.
 
@@ -110,6 +127,7 @@ class RunJobs:
         self.uploaders: dict[str, Uploader] = {}
         self.last_local: Summary | None = None
         self.failures = 0
+        self.watchers: list[Watcher] = []
         self._condition = condition
         self._tier = tier
         self._directory = directory
@@ -153,9 +171,10 @@ class RunJobs:
             for name, url in remotes.items():
                 uploader = self.uploaders.get(name)
                 if uploader is None:
-                    self.uploaders[name] = Uploader(
+                    uploader = self.uploaders[name] = Uploader(
                         self._tier, self.run, name, url, dict(environ), config, self.emit, self.completed, self._clock
                     )
+                    uploader.on_retry = self._retried
                 else:
                     uploader.refresh(environ, config)
 
@@ -215,6 +234,8 @@ class RunJobs:
                 self.failures += 1
             for attachment in self.attached:
                 attachment.send(event)
+        for watcher in self.watchers:
+            watcher.event(self.run, event)
         if event.kind == "remote":
             data = event.data
             lag = (self._clock.now() - parse_rfc3339(data["summary"]["created_at"])).total_seconds()
@@ -222,6 +243,15 @@ class RunJobs:
             timings.note(self._tier, self.run, event.save_id, {f"remote {data['remote']}": spans})
 
     # ------------------------------------------------------------------ sealing
+
+    def held(self, save_id: str) -> list[tuple[int, int, int]]:
+        """(rank, descriptor, bytes) of the images of this save that are still in memory; the descriptors are copies.
+
+        Whoever reads them verifies what was read: a new save may write over them at any time.
+        """
+        with self._condition:
+            found = [g for slot in self.slots.values() for g in slot.generations if g.holds and g.holds[0] == save_id]
+            return sorted((g.holds[1], os.dup(g.fd), g.capacity_bytes) for g in found if g.holds)
 
     def seal(self, who: Attachment, index: int, request: SealRequest) -> None:
         """Take a filled generation into its save.
@@ -250,6 +280,7 @@ class RunJobs:
             if job.shape != shape or request.rank in job.parts:
                 raise ConfigError(f"rank {request.rank}'s seal of save {request.save_id} contradicts earlier ones")
             generation.state, generation.save_id = State.SEALED, request.save_id
+            generation.holds = request.save_id, request.rank
             job.parts[request.rank] = Part(request, generation, layout, who.slot.pieces)
             who.rank = who.slot.rank = request.rank
             if job.missing:
@@ -392,6 +423,8 @@ class RunJobs:
             self.emit(Event("prepared", job.save_id, job.step, {"shards": shards}))
         ranks = {str(rank): dict(part.request.spans) for rank, part in job.parts.items()}
         timings.note(self._tier, self.run, job.save_id, {"ranks": ranks, **written.timing})
+        for watcher in self.watchers:
+            watcher.written(self.run, ranks, written.timing)
 
     def completed(self, root: RootManifest) -> None:
         """A save became complete in the local tier."""
@@ -430,6 +463,10 @@ class RunJobs:
         """Uploads end by then, on the monotonic clock."""
         for uploader in list(self.uploaders.values()):
             uploader.hurry(deadline)
+
+    def _retried(self, retry: Retry) -> None:
+        for watcher in self.watchers:
+            watcher.retried(retry.op, retry.reason)
 
     def _notify_uploaders(self) -> None:
         for uploader in list(self.uploaders.values()):

@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptstore._version import __version__
 from ckptstore.agent.connection import Connection, peer_pid
@@ -25,6 +25,9 @@ from ckptstore.errors import CkptError, TransientError
 from ckptstore.format.manifest import Json
 from ckptstore.repo import names
 from ckptstore.repo.local import LocalTier
+
+if TYPE_CHECKING:
+    from ckptstore.agent.metrics import Metrics
 
 log = logging.getLogger("ckptstore.agent")
 
@@ -73,6 +76,7 @@ class AgentServer:
         self._is_leaving = False
         self._leave_when_done = False
         self._next_root_check = self._next_sweep = self._begun
+        self._metrics: Metrics | None = None
 
     # ------------------------------------------------------------------ life
 
@@ -222,6 +226,11 @@ class AgentServer:
         with self.condition:
             self._connections.discard(connection)
 
+    def known_jobs(self, run: str) -> RunJobs | None:
+        """The run's jobs, if somebody has attached to it."""
+        with self.condition:
+            return self.runs.get(run)
+
     def jobs_of(self, run: str, config: StoreConfig) -> RunJobs:
         """The run's jobs, made at its first attachment."""
         with self.condition:
@@ -229,7 +238,26 @@ class AgentServer:
             if jobs is None:
                 jobs = self.runs[run] = RunJobs(self.condition, self.tier, self._directory, run, config, self.clock)
                 self._next_sweep = 0.0
+                if self._metrics is not None:
+                    jobs.watchers.append(self._metrics)
             return jobs
+
+    def serve_metrics(self, port: int) -> None:
+        """Serve metrics on this port of 127.0.0.1, from now on; once is enough, the newest port wins.
+
+        A port that somebody else has is logged and shown by ``status``: training goes on without metrics.
+
+        Raises:
+            ConfigError: the extra is not installed.
+        """
+        from ckptstore.agent.metrics import Metrics
+
+        with self.condition:
+            if self._metrics is None:
+                self._metrics = Metrics(self.status, self._root)
+                for jobs in self.runs.values():
+                    jobs.watchers.append(self._metrics)
+        self._metrics.serve(port)
 
     def _all_runs(self) -> list[RunJobs]:
         with self.condition:
@@ -272,6 +300,7 @@ class AgentServer:
             "rss_bytes": _rss_bytes(),
             "trainers": trainers,
             "is_leaving": self._leave_by is not None,
+            "metrics": None if self._metrics is None else self._metrics.place(),
             "runs": runs,
             "slots": slots,
         }

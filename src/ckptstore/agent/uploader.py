@@ -30,6 +30,7 @@ from ckptstore.repo import commit
 from ckptstore.repo.local import LocalSave, LocalTier
 
 if TYPE_CHECKING:
+    from ckptstore.blob.retry import Retry
     from ckptstore.blob.throttle import Throttle
     from ckptstore.repo.progress import Progress
     from ckptstore.repo.remote import RemoteTier
@@ -70,6 +71,8 @@ class Uploader:
         self.name = name
         self.url = url
         self.last_remote: Summary | None = None
+        self.on_retry: Callable[[Retry], None] | None = None
+        """Hears of requests that are tried again, for metrics."""
         self._tier = tier
         self._environ = environ
         self._config = config
@@ -293,9 +296,13 @@ class Uploader:
             from ckptstore.repo.remote import RemoteTier
 
             self._throttle = Throttle(cap_at(self._config, self._clock.now().astimezone()), clock=self._clock)
-            blob = open_blob_store(self.url, environ=self._environ, throttle=self._throttle)
+            blob = open_blob_store(self.url, environ=self._environ, throttle=self._throttle, on_retry=self._retried)
             self._remote = RemoteTier(blob, self.run, self.name)
         return self._remote
+
+    def _retried(self, retry: Retry) -> None:
+        if self.on_retry is not None:
+            self.on_retry(retry)
 
     def _derive_local(self) -> None:
         """Pending is what the local tier has and the remote hasn't; nothing else is remembered."""

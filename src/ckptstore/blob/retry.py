@@ -218,13 +218,14 @@ class RetryingBlobStore(BlobStore):
         self.inner.close()
 
     def _holds(self, key: str, data: Buffer) -> bool:
+        """Whether the object has these bytes. Looking is tried again by itself: a body isn't sent anew for that."""
         body = memoryview(data).cast("B")
-        info = self.inner.head(key)
+        info = self.head(key)
         if info is None or info.size_bytes != len(body):
             return False
         for start in range(0, len(body), _COMPARE_BYTES):
             piece = body[start : start + _COMPARE_BYTES]
-            if self.inner.get(key, start=start, length=len(piece)) != piece:
+            if self.get(key, start=start, length=len(piece)) != piece:
                 return False
         return True
 

@@ -26,13 +26,13 @@ try:
     import plotly
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.gzip import GZipMiddleware
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 except ImportError as error:
-    raise ConfigError(
-        f"the dashboard needs {error.name}", hint="pip install 'ckptstore[dashboard]'"
-    ) from None
+    raise ConfigError(f"the dashboard needs {error.name}", hint="pip install 'ckptstore[dashboard]'") from None
 
 __all__ = ["create_app"]
 
@@ -80,8 +80,28 @@ def create_app(
         Route("/static/{name}", _static),
     ]
     handlers = {CkptError: pages.failed, HTTPException: pages.refused, Exception: pages.broken}
-    app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+    app = Starlette(
+        routes=routes,
+        exception_handlers=handlers,  # type: ignore[arg-type]
+        middleware=[Middleware(GZipMiddleware, minimum_size=4096, compresslevel=4)],
+    )
     return Guard(app, hosts=hosts, token=token, prefix=prefix)  # type: ignore[arg-type]
+
+
+def environment() -> jinja2.Environment:
+    """Templates, everything escaped, with the words they use."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("ckptstore.dashboard", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(bytes=words.human_bytes, seconds=words.human_seconds, number=words.human_number, utc=words.utc)
+    made.globals.update(
+        count=words.count, rfc3339=rfc3339, asset=_asset, style_ids=style_ids, version=__version__, query=_query
+    )
+    return made
 
 
 class _Pages:
@@ -91,19 +111,7 @@ class _Pages:
         self._source = source
         self._store = store
         self._histories: dict[str, dict[str, Any]] = {}
-        self._templates = jinja2.Environment(
-            loader=jinja2.PackageLoader("ckptstore.dashboard", "templates"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._templates.filters.update(
-            bytes=words.human_bytes, seconds=words.human_seconds, number=words.human_number, utc=words.utc
-        )
-        self._templates.globals.update(
-            count=words.count, rfc3339=rfc3339, asset=_asset, style_ids=_style_ids, version=__version__, query=_query
-        )
+        self._templates = environment()
 
     # ------------------------------------------------------------------ pages
 
@@ -191,7 +199,8 @@ class _Pages:
         return _json(request, body)
 
     def series(self, request: Request) -> Response:
-        return _json(request, curves.series(self._view(request)))
+        view = self._view(request)
+        return _send_json(request, *view.remember("series", lambda: _encoded(curves.series(view))))
 
     def history(self, request: Request) -> Response:
         view = self._view(request)
@@ -204,7 +213,9 @@ class _Pages:
         return Response(curves.to_csv(view), media_type="text/csv; charset=utf-8", headers=headers)
 
     def storage_series(self, request: Request) -> Response:
-        return _json(request, storage.series(self._view(request)))
+        view = self._view(request)
+        key = f"storage {len(view.notes)} {view.num_notes}"
+        return _send_json(request, *view.remember(key, lambda: _encoded(storage.series(view))))
 
     def detail(self, request: Request) -> Response:
         view = self._view(request)
@@ -258,7 +269,9 @@ class _Pages:
         return self._error(request, error.status_code, "there is no such page", "the first page lists every run")
 
     def broken(self, request: Request, error: Exception) -> Response:
-        return self._error(request, 500, f"unexpected {type(error).__name__}", "the terminal of the dashboard says more")
+        return self._error(
+            request, 500, f"unexpected {type(error).__name__}", "the terminal of the dashboard says more"
+        )
 
     def _error(self, request: Request, status: int, message: str, hint: str) -> Response:
         if request.url.path.endswith(".json") or "live" in request.query_params:
@@ -317,9 +330,16 @@ class _Pages:
 
 
 def _json(request: Request, body: object) -> Response:
-    """JSON with a tag, so that a poll that finds nothing new costs a few bytes."""
+    return _send_json(request, *_encoded(body))
+
+
+def _encoded(body: object) -> tuple[bytes, str]:
+    """JSON, and a tag of it, so that a poll that finds nothing new costs a few bytes."""
     data = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
-    tag = f'"{hashlib.blake2b(data, digest_size=12).hexdigest()}"'
+    return data, f'"{hashlib.blake2b(data, digest_size=12).hexdigest()}"'
+
+
+def _send_json(request: Request, data: bytes, tag: str) -> Response:
     headers = {"etag": tag, "cache-control": "no-cache"}
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
@@ -334,26 +354,27 @@ def _query(parameters: Mapping[str, Any], **changes: Any) -> str:
 
 
 @lru_cache(maxsize=16)
-def _content(name: str) -> bytes:
+def content(name: str) -> bytes:
+    """A static file, ours or Plotly's."""
     if name == "plotly.min.js":
         return resources.files(plotly).joinpath("package_data", name).read_bytes()
     return resources.files("ckptstore.dashboard").joinpath("static", name).read_bytes()
 
 
 @lru_cache(maxsize=1)
-def _style_ids() -> tuple[str, ...]:
+def style_ids() -> tuple[str, ...]:
     """Style elements that Plotly's bundle makes for itself unless they are there.
 
     Made by it they would be inline styles without our nonce, which the content policy refuses.
     """
-    own = re.findall(rb'document\.getElementById\("([0-9a-f]{32,64})"\)', _content("plotly.min.js"))
+    own = re.findall(rb'document\.getElementById\("([0-9a-f]{32,64})"\)', content("plotly.min.js"))
     return ("plotly.js-style-global", *(name.decode() for name in own))
 
 
 @lru_cache(maxsize=16)
 def _asset(name: str) -> str:
     """Relative address of a static file, with a tag of its content."""
-    return f"static/{name}?v={hashlib.blake2b(_content(name), digest_size=6).hexdigest()}"
+    return f"static/{name}?v={hashlib.blake2b(content(name), digest_size=6).hexdigest()}"
 
 
 def _static(request: Request) -> Response:
@@ -362,4 +383,4 @@ def _static(request: Request) -> Response:
         raise HTTPException(404)
     forever = "public, max-age=31536000, immutable"
     headers = {"cache-control": forever if "v" in request.query_params else "no-cache"}
-    return Response(_content(name), media_type=_TYPES[name[name.rindex(".") :]], headers=headers)
+    return Response(content(name), media_type=_TYPES[name[name.rindex(".") :]], headers=headers)

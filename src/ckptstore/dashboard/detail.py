@@ -151,7 +151,9 @@ def treemap(found: list[Tensor]) -> dict[str, list[Any]]:
         shown.append((f"{len(rest)} smaller tensors", sum(t.size_bytes for t in rest), "stored"))
 
     def add(box: str, parent: str, label: str, value: int, kind: str) -> None:
-        for key, item in zip(("id", "parent", "label", "value", "kind"), (box, parent, label, value, kind), strict=True):
+        for key, item in zip(
+            ("id", "parent", "label", "value", "kind"), (box, parent, label, value, kind), strict=True
+        ):
             boxes[key].append(item)
 
     for name, size, kind in shown:

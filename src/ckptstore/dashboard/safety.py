@@ -79,7 +79,9 @@ class Safety:
             "num_checkpoints": self.num_checkpoints,
             "interval_seconds": self.interval_s,
             "newest_step": None if self.newest is None else self.newest.step,
-            "newest_metrics": {} if self.newest is None else {k: json_number(v) for k, v in self.newest.metrics.items()},
+            "newest_metrics": {}
+            if self.newest is None
+            else {k: json_number(v) for k, v in self.newest.metrics.items()},
             "levels": [
                 {
                     "name": level.name,
@@ -263,9 +265,7 @@ class _Alarms:
                 f"{self._ctl} verify --all",
             )
 
-    def _remotes(
-        self, looks: Sequence[RemoteLook], uploads: Sequence[Uploading], agent: dict[str, Any] | None
-    ) -> None:
+    def _remotes(self, looks: Sequence[RemoteLook], uploads: Sequence[Uploading], agent: dict[str, Any] | None) -> None:
         view = self._view
         for look in looks:
             if look.error is not None:

@@ -92,6 +92,6 @@ def _warm(source: Source) -> None:
     """Read every run once, so that the first visitor doesn't wait."""
     for run in source.runs():
         try:
-            source.view(run)
+            len(source.view(run).line)
         except CkptError:
             continue  # its page says so

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptstore.clock import SYSTEM_CLOCK, Clock
 from ckptstore.dashboard.agents import AgentWatch, Uploading
@@ -24,12 +24,16 @@ from ckptstore.repo.catalog import Catalog, Record
 from ckptstore.repo.remote import runs as remote_runs
 from ckptstore.types import CheckpointInfo
 
+T = TypeVar("T")
+
 LOCAL_SECONDS = 1.0
 REMOTE_SECONDS = 10.0
 #: Nobody has asked for so long: stop looking.
 WATCHED_SECONDS = 45.0
 #: Look at every directory again after so long, for damage that leaves the run's directory as it was.
 RESCAN_SECONDS = 30.0
+#: A page takes what the background has seen if that is not older.
+FRESH_SECONDS = 3.0
 #: Notes of so many of the newest saves are read again until they tell about every remote.
 YOUNG_NOTES = 50
 
@@ -62,6 +66,7 @@ class RunView:
     """Remotes nobody has been able to look at yet: what they hold is not known, which is not nothing."""
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """save_id -> where its time went, as far as it has been read."""
+    _made: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def infos(self) -> list[CheckpointInfo]:
@@ -76,6 +81,20 @@ class RunView:
     @cached_property
     def by_id(self) -> dict[str, Record]:
         return {record.save_id: record for record in self.catalog.records}
+
+    @property
+    def num_notes(self) -> int:
+        """How many entries the notes have; grows as they are read."""
+        return sum(map(len, self.notes.copy().values()))
+
+    def remember(self, key: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once while the run stays as it is."""
+        kind = key.partition(" ")[0]
+        known = self._made.get(kind)
+        if known is None or known[0] != key:
+            known = self._made[kind] = (key, make())
+        made: T = known[1]
+        return made
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -107,6 +126,7 @@ class Source:
         self._lock = threading.Lock()
         self._watched = threading.Event()
         self._watched_until = 0.0
+        self._checked = -FRESH_SECONDS
         self._stopping = threading.Event()
         self._kick = threading.Event()
         self._threads = [
@@ -148,7 +168,7 @@ class Source:
         return self._remote_error
 
     def view(self, run: str) -> RunView:
-        """One run, as fresh as a second.
+        """One run, as it was a few seconds ago at most.
 
         Raises:
             CheckpointNotFoundError: no such run.
@@ -162,7 +182,24 @@ class Source:
             self._tiers(run)
             self._kick.set()
             return self._update(run)
+        if self.clock.monotonic() - self._checked < FRESH_SECONDS:
+            return known  # the thread that looks every second replaces it; no page waits for ten thousand saves
         return self._update(run) if self._is_stale(run) else known
+
+    def look_now(self, run: str) -> RunView:
+        """One run with everything there is to know, remotes and notes included; waits for them.
+
+        Raises:
+            CheckpointNotFoundError: no such run.
+            CkptError: the local tier can't be read.
+        """
+        self._tiers(run)
+        self._look_at_remotes()
+        self.view(run)
+        self.agent.look()
+        view = self._update(run)
+        self._read_notes(run)
+        return view
 
     def looks(self, run: str) -> list[RemoteLook]:
         """How fresh each remote's part of the view is."""
@@ -216,6 +253,7 @@ class Source:
                 return
             if self._is_stale(run):
                 self._update(run)
+            self._checked = self.clock.monotonic()
             self._read_notes(run)
 
     def _look_at_remotes(self) -> None:

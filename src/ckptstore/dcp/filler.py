@@ -31,7 +31,7 @@ from ckptstore.errors import CkptError, IncompleteCheckpointError, IntegrityErro
 from ckptstore.format.manifest import Piece, digest
 
 #: Chunks are read in batches of about this many bytes.
-BATCH_BYTES = 8 << 20
+BATCH_BYTES = 16 << 20
 #: Source of bytes that another rank read for this one.
 PEER = "peer"
 #: Longest time between two signs of life of a rank that is busy loading.
@@ -360,6 +360,9 @@ def _last_of_each_memory(slots: list[Slot]) -> list[Slot]:
 
 
 def _chunks_touched(part: _Part) -> Iterator[int]:
+    if part.shape == part.piece.shape:
+        yield from range(len(part.chunk_bytes))
+        return
     at = tuple(o - p for o, p in zip(part.offsets, part.piece.offsets, strict=True))
     for number in range(len(part.chunk_bytes)):
         start = number * part.chunk_elements

@@ -173,11 +173,13 @@ def _int(digest: int) -> int:
 
 
 def _plain_values(binding: Binding) -> dict[str, int]:
-    """Digest of each value that isn't a tensor, by dotted key."""
+    """Digest of each value that isn't a tensor, and of each container's type, by dotted key."""
     outline = {**binding.tree, "tree": binding.outline()["tree"]}
     found: dict[str, int] = {}
 
     def visit(path: str, value: object) -> None:
+        if isinstance(value, (dict, list, tuple)) and value:
+            found[path] = _int(xxhash.xxh3_64_intdigest(type(value).__qualname__.encode()))
         if isinstance(value, dict) and value:
             for key, below in value.items():
                 visit(f"{path}.{key}" if path else str(key), below)

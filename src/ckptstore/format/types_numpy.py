@@ -107,7 +107,17 @@ def _encode_array(enc: Encoder, value: np.ndarray[Any, Any], path: Path) -> Json
         return {**node, "dtype": "O", "v": enc.values(value.ravel(order).tolist(), path)}
     if value.dtype.hasobject and value.dtype.names is not None:
         refuse(path, "a structured array with object fields has no stored form", "store its fields apart")
-    return {**node, "dtype": _dtype_node(value.dtype, path), "v": enc.blob(value.tobytes(order), path)}
+    return {**node, "dtype": _dtype_node(value.dtype, path), "v": enc.blob(_bytes_of(value, order), path)}
+
+
+def _bytes_of(array: np.ndarray[Any, Any] | np.generic, order: Any = "C") -> bytes:
+    """The elements; what x86 leaves unused of a long double is zero, so that equal values are equal bytes."""
+    data = array.tobytes(order)
+    if array.dtype.char not in "gG" or np.finfo(np.longdouble).nmant != 63:
+        return data
+    words = np.frombuffer(bytearray(data), np.uint8).reshape(-1, np.dtype(np.longdouble).itemsize)
+    words[:, 10:] = 0
+    return words.tobytes()
 
 
 def _decode_array(dec: Decoder, node: Json, path: Path) -> np.ndarray[Any, Any]:
@@ -149,7 +159,7 @@ def _encode_scalar(enc: Encoder, value: np.generic, path: Path) -> Json:
         plain = value.item()
         if math.isfinite(plain) and abs(plain) <= SAFE_INT:
             return {**node, "v": plain}
-    return {**node, "v": enc.blob(value.tobytes(), path)}
+    return {**node, "v": enc.blob(_bytes_of(value), path)}
 
 
 def _decode_scalar(dec: Decoder, node: Json, path: Path) -> Any:

@@ -65,9 +65,11 @@ def _decode_array_ref(dec: Decoder, node: Json, path: Path) -> Any:
     value = dec.ref(TensorRef(text(node.get("v"), path)))
     if isinstance(value, TensorRef):  # a walker that leaves references in place gets this one whole
         return ArrayRef(value.name, dtype, None if shape is None else tuple(shape), is_transposed)
+    if not hasattr(value, "__array__"):  # it only stands for the tensor so far, and nobody is to take it for one
+        stand_in = np.empty((), dtype=object)
+        stand_in[()] = value
+        return stand_in
     array = np.asarray(value)  # of a tensor: the same memory
-    if array.dtype.hasobject:  # something that only stands for the tensor so far
-        return array
     array = array if dtype is None else array.view(dtype)
     array = array if shape is None else array.reshape(shape)
     return array.T if is_transposed else array

@@ -47,14 +47,16 @@ class Parts:
     guard: OptimizerGuard
 
 
-def stop(parts: Parts, signal: int, metrics: Mapping[str, Any] | None, remaining_s: float) -> NoReturn:
+def stop(
+    parts: Parts, signal: int, metrics: Mapping[str, Any] | None, remaining_s: float, *, can_save: bool
+) -> NoReturn:
     """Save, wait for the disk, then for as much upload as fits, say what is safe where, and end. Collective."""
     until = time.monotonic() + remaining_s - EXIT_RESERVE_S
     name = signals.Signals(signal).name
     progress = parts.progress
     step = progress.step or 0
     try:
-        if not progress.is_saved(step):
+        if can_save and not progress.is_saved(step):
             parts.saver.save(Occasion(step, progress.epoch, metrics, is_emergency=True, reason=f"{name} arrived"))
     except CkptError as error:
         parts.voice.say(f"the emergency save failed: {error}", logging.ERROR)

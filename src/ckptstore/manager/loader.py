@@ -59,12 +59,15 @@ class ResumableLoader:
             self.loader.sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Place in the epoch: batches handed out, and the random state its order came from."""
-        return {"seen": self._seen, "begun": self._begun}
+        """Place in the epoch: batches handed out, the random state its order came from, and the loader's own now."""
+        own = [generator.get_state() for generator in self._generators()[1:]]
+        return {"seen": self._seen, "begun": self._begun, "own": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there at the next ``iter()``."""
         self._seen, self._begun = int(state["seen"]), state["begun"]
+        for generator, own in zip(self._generators()[1:], state["own"], strict=True):
+            generator.set_state(own)
         self._resumes = self._seen > 0
 
     # -- the order of an epoch ------------------------------------------------------------------------------------

@@ -420,6 +420,8 @@ class CheckpointManager:
         if reason is None and news.is_due:
             reason = policy.due(progress.moment(end=self._end)) or "rank 0 says it is time"
             self._note_end(reason)
+        if self._desk.is_silent and pending is not None:
+            return pending, None  # nobody to agree with: this rank ends alone, with what is saved
         return news.signal, reason
 
     def _ask(self, pending: int | None) -> News:
@@ -431,7 +433,7 @@ class CheckpointManager:
                 self._progress.saves,
             )
         except SaveFailedError as error:
-            self._voice.warn(f"the ranks could not be asked for signals until the next save: {error.message}")
+            self._voice.warn(f"the ranks can't be asked for signals until the next save: {error.message}")
             return NOTHING
 
     def _note_end(self, reason: str | None) -> None:
@@ -466,7 +468,8 @@ class CheckpointManager:
     def _stop(self, signal: int, metrics: Mapping[str, Any] | None) -> None:
         self._state = "ending"
         remaining = self._watch.remaining_s() if self._watch is not None else self._grace_s
-        ending.stop(self._parts(), signal, metrics, remaining)
+        can_save = self._desk is None or not self._desk.is_silent
+        ending.stop(self._parts(), signal, metrics, remaining, can_save=can_save)
 
     def _leave(self, error: BaseException | None) -> None:
         was_ending = self._state == "ending"

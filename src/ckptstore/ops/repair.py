@@ -43,7 +43,11 @@ def repair(tiers: RunTiers, found: Verification, depth: Depth) -> list[str]:
         records = {record.save_id: record for record in tiers.catalog().records}
         if save_id in records:
             check_record(again, tiers, records[save_id], replace(depth, share=1.0))
-        bad = {f.tier for f in again.findings} | ({f.tier for f in mine} if save_id not in records else set())
+            looked = {LOCAL} if records[save_id].tiers.get(LOCAL) == "complete" else set()
+            looked |= set(records[save_id].remote)
+        else:
+            looked = set()
+        bad = {f.tier for f in again.findings} | ({f.tier for f in mine} - looked)
         found.findings = [
             replace(f, is_repaired=f.tier not in bad) if f.save_id == save_id and f.kind == "damage" else f
             for f in found.findings

@@ -11,8 +11,9 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from ckptstore.codec.base import CODECS
 from ckptstore.errors import (
     CkptError,
     FormatError,
@@ -21,13 +22,24 @@ from ckptstore.errors import (
     NotFoundError,
 )
 from ckptstore.format import stock
-from ckptstore.format.manifest import RootManifest, ShardManifest, digest, strong_digest
+from ckptstore.format.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    RootManifest,
+    ShardManifest,
+    digest,
+    ref_of,
+    root_from,
+    strong_digest,
+)
 from ckptstore.ops.open import RunTiers
 from ckptstore.repo.catalog import Record
 from ckptstore.repo.frames import RemoteChunks
 from ckptstore.repo.local import LocalTier
-from ckptstore.repo.packs import PlacedFrame, Range, chunks_of, placed, ranges
-from ckptstore.repo.remote import RemoteTier
+from ckptstore.repo.local_save import LocalSave
+from ckptstore.repo.packs import PlacedFrame, Range, chunks_of, own_bytes, placed, ranges
+from ckptstore.repo.record import LOCAL
+from ckptstore.repo.remote import RemoteSave, RemoteTier
 from ckptstore.types import StepLike
 
 BytesDone = Callable[[int], None]
@@ -56,7 +68,7 @@ class Finding:
     object: str | None = None
     is_repaired: bool = False
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "save_id": self.save_id,
@@ -143,15 +155,43 @@ def verify(
             for tier in damaged.tiers:
                 result.checked.append((damaged.step, damaged.save_id, tier))
                 result.findings.append(Finding(damaged.step, damaged.save_id, tier, "damage", damaged.reason))
+        for save in catalog.prepared:
+            if tiers.local is not None:
+                result.findings += _uncommitted(tiers.local, save, LOCAL)
+        for remote in tiers.remotes:
+            result.findings += _lost_commits(remote)
     return result
+
+
+def _uncommitted(tier: LocalTier, save: LocalSave, name: str) -> list[Finding]:
+    """A save all of whose parts are here and whose manifest isn't: on one node they appear together."""
+    try:
+        shards = tier.shard_manifests_present(save.path)
+    except _DAMAGE:
+        return []  # it may be being written
+    if not shards or len(shards) < shards[0].world_size:
+        return []
+    what = "manifest.json is missing although every rank's part is here"
+    return [Finding(save.step, save.save_id, name, "damage", what, object="manifest.json")]
+
+
+def _lost_commits(remote: RemoteTier) -> list[Finding]:
+    """Summaries without their commit: somebody else has removed it, or a delete was cut off."""
+    there = set(remote.saves())
+    names = (RemoteSave.parse(key.removeprefix("summaries/")) for key in remote.list_keys("summaries"))
+    lost = [save for save in names if save is not None and save not in there and not remote.has(save.key)]
+    what = "its manifest is gone although its summary is there: removed by somebody else, or a delete was cut off"
+    return [Finding(save.step, save.save_id, remote.name, "damage", what, object=save.key) for save in lost]
 
 
 def check_record(
     result: Verification, tiers: RunTiers, record: Record, depth: Depth, progress: BytesDone | None = None
 ) -> None:
     """Check one checkpoint in every tier that has it; adds to ``result``."""
-    if tiers.local is not None and record.local is not None and record.local.state == "complete":
-        _check(result, record, "local", _local(tiers.local, tiers.run, record, depth), progress)
+    if tiers.local is not None and record.local is not None and record.local.state == "prepared":
+        result.findings += _uncommitted(tiers.local, record.local, LOCAL)
+    elif tiers.local is not None and record.local is not None:
+        _check(result, record, LOCAL, _local(tiers.local, tiers.run, record, depth), progress)
     for remote in tiers.remotes:
         if remote.name in record.remote:
             _check(result, record, remote.name, _remote(remote, record, depth), progress)
@@ -236,8 +276,23 @@ def _local(tier: LocalTier, run: str, record: Record, depth: Depth) -> Iterator[
             shards.append(shard)
             if depth.has_rank(ref.rank):
                 yield from _local_file(file, shard, depth)
+    yield from _root_fits(root, shards, "manifest.json")
     if len(shards) == len(root.shards):
         yield from _stock_metadata(save.path, root, shards)
+
+
+def _root_fits(root: RootManifest, shards: list[ShardManifest], name: str) -> Iterator[_Yield]:
+    """The root manifest is a pure function of the shard manifests: no byte of it is free."""
+    pinned = {ref.rank: ref for ref in root.shards}
+    try:
+        is_right = all(pinned[shard.rank] == ref_of(shard) for shard in shards)
+        head = next((shard.summary for shard in shards if shard.rank == 0), None)
+        if head is not None:
+            is_right = is_right and root_from(head, root.shards) == root
+    except IncompleteCheckpointError:
+        is_right = False
+    if not is_right:
+        yield _Breach("the manifest is not what its shard manifests make it", object=name)
 
 
 def _bytes_of(file: Path) -> bytes | None:
@@ -322,6 +377,7 @@ def _remote(remote: RemoteTier, record: Record, depth: Depth) -> Iterator[_Yield
         yield _Breach("the summary is not what the manifest says", object=save.summary_key)
     if not remote.has(save.summary_key):
         yield _Breach("the summary is missing", object=save.summary_key)
+    shards: list[ShardManifest] = []
     for ref in root.shards:
         if not depth.has_rank(ref.rank):
             continue
@@ -331,7 +387,12 @@ def _remote(remote: RemoteTier, record: Record, depth: Depth) -> Iterator[_Yield
             yield breach
         if document is None:
             continue
+        shards.append(document.shard)
         frames = [placed(document, frame) for frame in document.frames]
+        codecs = {part.codec for frame in frames for part in frame.chain()}
+        is_ours = (document.format, document.version) == (FORMAT, FORMAT_VERSION)
+        if not is_ours or document.stored_bytes != own_bytes(document) or not codecs <= set(CODECS):
+            yield _Breach(f"{name} contradicts itself", object=name)
         ends: dict[str, int] = {}
         for frame in frames:
             for part in frame.chain():
@@ -344,18 +405,21 @@ def _remote(remote: RemoteTier, record: Record, depth: Depth) -> Iterator[_Yield
                 yield _Breach(f"{pack} is {'missing' if info is None else 'too short'}", object=pack)
         if not depth.read_data:
             continue
-        owners: dict[PlacedFrame, tuple[str, str]] = {}
+        owners: dict[PlacedFrame, tuple[str, str | None]] = {}
         for piece, row, chunks in zip(document.shard.pieces, document.chunks, chunks_of(document.shard), strict=True):
             for index, chunk in zip(row, chunks, strict=True):
                 if depth.takes():
                     owners[frames[index]] = (piece.fqn, chunk.digest)
+                    for base in list(frames[index].chain())[1:]:
+                        owners.setdefault(base, (piece.fqn, None))
         wanted = [frame for frame in owners if not any(part.pack in gone for part in frame.chain())]
         for request in ranges(wanted):
             yield from _frames(remote, save.save_id, request, owners)
+    yield from _root_fits(root, shards, save.key)
 
 
 def _frames(
-    remote: RemoteTier, save_id: str, request: Range, owners: dict[PlacedFrame, tuple[str, str]]
+    remote: RemoteTier, save_id: str, request: Range, owners: dict[PlacedFrame, tuple[str, str | None]]
 ) -> Iterator[_Yield]:
     bad = _bad_frames(remote, save_id, request, owners)
     still = _bad_frames(remote, save_id, request, owners) if bad else {}
@@ -365,21 +429,22 @@ def _frames(
             yield _Breach(still[frame], fqn, ", ".join(dict.fromkeys(part.pack for part in frame.chain())))
         elif frame in bad:
             yield _Breach(f"{bad[frame]}; right when read again", fqn, frame.pack, kind="unsteady")
-        else:
+        elif owners[frame][1] is not None:
             yield frame.size_bytes
 
 
 def _bad_frames(
-    remote: RemoteTier, save_id: str, request: Range, owners: dict[PlacedFrame, tuple[str, str]]
+    remote: RemoteTier, save_id: str, request: Range, owners: dict[PlacedFrame, tuple[str, str | None]]
 ) -> dict[PlacedFrame, str]:
     """What is wrong with which frame of one request; a new reader each time, which remembers nothing."""
     bad: dict[PlacedFrame, str] = {}
     try:
+        # A request's answer is judged frame by frame, bases too: their names are in the manifests as well.
         for frame, plain in RemoteChunks([remote], save_id).read_range(remote, request):
-            fqn, expected = owners.get(frame, ("", ""))
+            fqn, expected = owners[frame]
             if isinstance(plain, CkptError):
                 bad[frame] = f"{frame.pack}: {plain.message}"
-            elif fqn and (strong_digest(plain) != frame.name or digest(plain) != expected):
+            elif strong_digest(plain) != frame.name or expected not in (None, digest(plain)):
                 bad[frame] = f"{frame.pack} does not hold the bytes of {fqn} it should"
     except (IntegrityError, NotFoundError) as error:
         return dict.fromkeys(request.frames, error.message)

@@ -49,19 +49,19 @@ class PlainChunk:
     path: Path
     chunk: Chunk
 
-    def read(self) -> bytes | None:
-        """The bytes, or None when they are gone or damaged: a base is a convenience."""
+    def read_into(self, out: memoryview) -> bool:
+        """Read them; False when they are gone or damaged: a base is a convenience."""
         try:
             fd = os.open(self.path, READ_FLAGS)
         except OSError:
-            return None
+            return False
         try:
-            data = os.pread(fd, self.chunk.size_bytes, self.chunk.offset)
+            count = os.preadv(fd, [out], self.chunk.offset)
         except OSError:
-            return None
+            return False
         finally:
             os.close(fd)
-        return data if len(data) == self.chunk.size_bytes and digest(data) == self.chunk.digest else None
+        return count == self.chunk.size_bytes and digest(out) == self.chunk.digest
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ _PACK = re.compile(rf"packs/({SAVE_ID_PATTERN})/[0-9]{{5,6}}-[0-9a-f]{{16}}\.pac
 
 
 def pack_name(save_id: str, rank: int, name: str) -> str:
-    """Key of a pack below the run's prefix; ``name`` is the blake3 of the whole pack."""
+    """Key of a pack below the run's prefix; ``name`` is a digest of the whole pack."""
     return f"packs/{save_id}/{rank:05d}-{name[:16]}.pack"
 
 
@@ -114,6 +114,17 @@ def placed(document: RemoteShard, frame: Frame) -> PlacedFrame:
         name=frame.name,
         base=placed(document, frame.base) if frame.base is not None else None,
     )
+
+
+def own_bytes(document: RemoteShard) -> int:
+    """Bytes of the packs that this save's rank has sent: what ``stored_bytes`` must be."""
+    own = f"packs/{document.shard.save_id}/{document.shard.rank:05d}-"
+    ends: dict[str, int] = {}
+    for frame in (placed(document, one) for one in document.frames):
+        for part in frame.chain():
+            if part.pack.startswith(own):
+                ends[part.pack] = max(ends.get(part.pack, 0), part.offset + part.length)
+    return sum(ends.values())
 
 
 class FrameTable:

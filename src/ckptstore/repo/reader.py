@@ -12,8 +12,9 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from mmap import mmap
 from types import TracebackType
 
 from ckptstore.errors import (
@@ -40,8 +41,10 @@ from ckptstore.repo.frames import Failures, RemoteChunks, Wanted
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.packs import Chunk, chunks_of
 from ckptstore.repo.peers import PEERS, Told
-from ckptstore.repo.record import LOCAL, Record
+from ckptstore.repo.record import ARENA, LOCAL, Record
 from ckptstore.repo.remote import RemoteTier
+
+Buffer = bytes | bytearray | mmap
 
 _log = logging.getLogger("ckptstore.repo")
 
@@ -64,6 +67,7 @@ class CheckpointReader:
         local: The local tier, if there is one.
         remotes: All remotes, in order of preference; those that lack the save are not asked.
         told: Manifests that other nodes of this job hold; their shard files are theirs to read.
+        images: Rank -> image of its shard file in memory, which may change at any time.
 
     Raises:
         IntegrityError: no tier has manifests that fit together.
@@ -73,10 +77,17 @@ class CheckpointReader:
     """
 
     def __init__(
-        self, record: Record, local: LocalTier | None, remotes: Sequence[RemoteTier], *, told: Told | None = None
+        self,
+        record: Record,
+        local: LocalTier | None,
+        remotes: Sequence[RemoteTier],
+        *,
+        told: Told | None = None,
+        images: Mapping[int, Buffer] | None = None,
     ) -> None:
         self._summary = record.summary
         self._told = told
+        self._images = dict(images or {})
         self._local = local
         self._save = record.local if local is not None else None
         self._places = dict(record.remote)
@@ -110,6 +121,7 @@ class CheckpointReader:
         """Close the local files; idempotent."""
         with self._lock:
             fds, self._fds = self._fds, {}
+            self._images = {}
         for fd in fds.values():
             if fd is not None:
                 os.close(fd)
@@ -133,12 +145,13 @@ class CheckpointReader:
 
     @property
     def ranks_here(self) -> frozenset[int]:
-        """Ranks whose shard file is in the local tier, of the right size: those are read without asking anybody."""
+        """Ranks whose shard file is here, in memory or of the right size on disk: read without asking anybody."""
         if self._save is None:
-            return frozenset()
+            return frozenset(self._images)
         path = self._save.path
         shards = [self.shards[rank] for rank in self._manifests_here]
-        return frozenset(s.rank for s in shards if directory.file_bytes(path / s.file) == s.file_bytes)
+        here = {s.rank for s in shards if directory.file_bytes(path / s.file) == s.file_bytes}
+        return frozenset(here | self._images.keys())
 
     def pieces(self, fqn: str) -> list[tuple[int, int, Piece]]:
         """Where this tensor's boxes lie: (rank, number of the piece in its shard, piece). Follows aliases.
@@ -199,6 +212,9 @@ class CheckpointReader:
             if view.nbytes != chunk.size_bytes:
                 raise ValueError(f"out has {view.nbytes} bytes, the chunk {chunk.size_bytes}")
             failures = Failures()
+            if self._try_image(rank, chunk, view):
+                sources.append(ARENA)
+                continue
             is_here = self._save is not None and self._try_local(rank, chunk, view, failures)
             sources.append(LOCAL if is_here else None)
             if not is_here:
@@ -295,6 +311,15 @@ class CheckpointReader:
         rank, step = one.ref.rank, self.root.summary.step
         fqn = self.shards[rank].pieces[one.chunk.piece].fqn
         raise failures.error(f"{fqn} (rank {rank}, step {step})", key=fqn, rank=rank, step=step)
+
+    def _try_image(self, rank: int, chunk: Chunk, out: memoryview) -> bool:
+        """Copy first, verify the copy: the image may be written over meanwhile."""
+        image = self._images.get(rank)
+        if image is None or chunk.offset + chunk.size_bytes > len(image):
+            return False
+        with memoryview(image) as view:
+            out[:] = view[chunk.offset : chunk.offset + chunk.size_bytes]
+        return digest(out) == chunk.digest
 
     def _try_local(self, rank: int, chunk: Chunk, out: memoryview, failures: Failures) -> bool:
         try:

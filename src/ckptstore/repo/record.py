@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Name of the local tier wherever tiers are named.
 LOCAL = "local"
+#: Source of bytes that were still in the node agent's memory.
+ARENA = "arena"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Literal
 
-from blake3 import blake3
 from pydantic import Field
+from xxhash import xxh3_128
 
 from ckptstore.blob.base import BlobStore, Buffer, ObjectInfo
 from ckptstore.clock import SYSTEM_CLOCK, Clock
@@ -344,7 +344,7 @@ class RemoteTier:
         Returns:
             Its key below the run's prefix, and the bytes sent (0 when it was there).
         """
-        hasher = blake3(data)
+        hasher = xxh3_128(data)
         while (name := pack_name(save_id, rank, hasher.hexdigest())) in avoid:
             hasher.update(b"again")
         key = self._prefix + name

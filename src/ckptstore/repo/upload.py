@@ -36,7 +36,7 @@ from ckptstore.repo.durable import READ_FLAGS, raise_for_errno
 from ckptstore.repo.known import Base, KnownChunks
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.masters import find_masters
-from ckptstore.repo.packs import Chunk, FrameTable, PlacedFrame, chunks_of
+from ckptstore.repo.packs import Chunk, FrameTable, PlacedFrame, chunks_of, own_bytes
 from ckptstore.repo.progress import Meter, ProgressCallback
 from ckptstore.repo.remote import RemoteTier
 
@@ -113,17 +113,22 @@ def push(
     if root is not None:
         _check_ours(remote, shards, root)
     # Before anything is looked up: what gc deletes from now on, it has announced to those whose intent is there.
-    is_resumed = not remote.put_intent(save_id) or root is not None
+    is_resumed = root is not None or not remote.put_intent(save_id)
     known = KnownChunks(remote, distrust)
     job = _Push(path, remote, config, known, meter, cancelled or _never, distrust)
+    job.is_committed = root is not None
     try:
         left = [shard for shard in shards if not (is_resumed and job.is_there(shard))]
         if left:
+            if root is not None:
+                remote.put_intent(save_id)
+                known.look_again()
             here = {s.save_id: s.path for s in tier.saves(run) if s.state == "complete" and s.save_id != save_id}
             known.gather([save for save in committed if save != done], shards, here)
         for shard in left:
             job.send(shard)
-        job.settle(shards)
+        if left or root is None:
+            job.settle(shards)
     except _CancelledError:
         return job.result(None, is_cancelled=True)
     meter.add(stage="commit")
@@ -180,6 +185,23 @@ class _Job:
     master: Chunk | None = None
 
 
+class _Buffers(threading.local):
+    """Memory that one thread uses again for every chunk: fresh memory costs as much as reading it."""
+
+    def __init__(self) -> None:
+        self._slots: dict[str, bytearray] = {}
+
+    def take(self, slot: str, size_bytes: int) -> memoryview:
+        """So many bytes with undefined content, valid until this slot is taken again."""
+        held = self._slots.get(slot)
+        if held is None or len(held) < size_bytes:
+            held = self._slots[slot] = bytearray(size_bytes)
+        return memoryview(held)[:size_bytes]
+
+
+_BUFFERS = _Buffers()
+
+
 class _Push:
     """One push: the pieces of the pipeline share its settings and its thread pools' lifetime is one shard."""
 
@@ -204,15 +226,15 @@ class _Push:
         self._documents: dict[int, RemoteShard] = {}
         self._replace: set[int] = set()
         self.is_first = True
+        self.is_committed = False
         self.reused_bytes = 0
-        self.stored_bytes = 0
         self._by_codec: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def result(self, root: RootManifest | None, *, is_cancelled: bool = False) -> PushResult:
         """What was done."""
         return PushResult(
             plain_bytes=self.meter.plain_total,
-            stored_bytes=self.stored_bytes,
+            stored_bytes=sum(document.stored_bytes for document in self._documents.values()),
             sent_bytes=self.meter.sent_bytes,
             reused_bytes=self.reused_bytes,
             committed=root,
@@ -228,13 +250,14 @@ class _Push:
         except FormatError:
             self._replace.add(shard.rank)
             return False
+        if earlier is not None and earlier.shard != shard and self.is_committed:
+            self._replace.add(shard.rank)  # the commit pins ours, so what is there is damaged
         if earlier is None or earlier.shard != shard:
             return False
         if not self._known.holds_all(earlier):
             self._replace.add(shard.rank)
             return False
         self.meter.add(plain=sum(piece.size_bytes for piece in shard.pieces))
-        self.stored_bytes += earlier.stored_bytes
         self._documents[shard.rank] = earlier
         self._known.add(earlier, None)
         self.remote.remember_shard(earlier, strong_digest(shard.encode()))
@@ -248,10 +271,10 @@ class _Push:
         table = FrameTable()
         indices = [table.add(_named(frame, keys)) for frame in frames]
         rows = [[indices[number] for number in row] for row in chunks]
-        document = table.remote_shard(shard, rows, packs.size_bytes)
+        document = table.remote_shard(shard, rows, 0)
+        document = document.model_copy(update={"stored_bytes": own_bytes(document)})
         document = self.remote.put_shard(document, replace=shard.rank in self._replace)
         self._documents[shard.rank] = document
-        self.stored_bytes += document.stored_bytes
         self._known.add(document, None)
         self.remote.remember_shard(document, strong_digest(shard.encode()))
 
@@ -351,10 +374,10 @@ class _Push:
         there = self._known.find(chunk, dtype)
         if there is not None:
             return there
-        plain = self._read(shard, fd, chunk)
+        plain = self._read(shard, fd, chunk, "plain")
         encoded, base, base_plain = self._encode(shard, fd, job, plain)
-        again = codec.decode(encoded.frame, size_bytes=len(plain), base=base_plain)
-        if again != plain:
+        out = _BUFFERS.take("again", chunk.size_bytes)
+        if digest(codec.decode(encoded.frame, size_bytes=len(plain), base=base_plain, out=out)) != chunk.digest:
             raise IntegrityError(f"{piece.fqn}: codec {encoded.codec} does not return what it was given", key=piece.fqn)
         return _Encoded(
             frame=encoded.frame,
@@ -365,8 +388,8 @@ class _Push:
         )
 
     def _encode(
-        self, shard: ShardManifest, fd: int, job: _Job, plain: bytes
-    ) -> tuple[codec.Encoded, Base | None, bytes | None]:
+        self, shard: ShardManifest, fd: int, job: _Job, plain: memoryview
+    ) -> tuple[codec.Encoded, Base | None, memoryview | None]:
         """The chunk's frame; the base it rests on, if it is a delta; and the bytes that its decoder needs."""
         piece = shard.pieces[job.chunk.piece]
         dtype = shard.tensors[piece.fqn].dtype
@@ -374,13 +397,13 @@ class _Push:
         if not self.config.compress:
             return codec.encode(plain, dtype=dtype, compress=False), None, None
         if job.master is not None:
-            master = self._read(shard, fd, job.master)
+            master = self._read(shard, fd, job.master, "base")
             derived = codec.derive(plain, master)
             if derived is not None:
                 return derived, None, master
         base = self._known.base_for(shard, piece, job.chunk)
-        base_plain = base.plain.read() if base is not None else None
-        if base is not None and base_plain is not None:
+        base_plain = _BUFFERS.take("base", job.chunk.size_bytes)
+        if base is not None and base.plain.read_into(base_plain):
             encoded = codec.encode(plain, dtype=dtype, base=base_plain, row=row)
             if encoded.codec != "delta":
                 return encoded, None, None
@@ -389,14 +412,15 @@ class _Push:
         return codec.encode(plain, dtype=dtype, row=row), None, None
 
     @staticmethod
-    def _read(shard: ShardManifest, fd: int, chunk: Chunk) -> bytes:
-        """The chunk's plain bytes as its digest says, or IntegrityError."""
+    def _read(shard: ShardManifest, fd: int, chunk: Chunk, slot: str) -> memoryview:
+        """The chunk's plain bytes as its digest says, in this thread's buffer, or IntegrityError."""
         piece = shard.pieces[chunk.piece]
+        plain = _BUFFERS.take(slot, chunk.size_bytes)
         try:
-            plain = os.pread(fd, chunk.size_bytes, chunk.offset)
+            count = os.preadv(fd, [plain], chunk.offset)
         except OSError as error:
             raise_for_errno(error, f"can't read {shard.file} of step {shard.step}", rank=shard.rank, key=piece.fqn)
-        if len(plain) != chunk.size_bytes or digest(plain) != chunk.digest:
+        if count != chunk.size_bytes or digest(plain) != chunk.digest:
             raise IntegrityError(
                 f"{piece.fqn} is damaged in the local file {shard.file} of rank {shard.rank}, step {shard.step}",
                 hint="it was not uploaded; `ckptctl verify --repair` takes it from another tier if one has it",

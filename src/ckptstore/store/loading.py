@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from mmap import mmap
 from typing import Any
 
 from ckptstore.dcp.agreement import Agreement
@@ -164,7 +165,8 @@ def _open_together(
             if tiers.local is not None:
                 record = replace(record, local=tiers.local.find(tiers.run, record.save_id))
             told = _tell(tiers, agreement, nodes, record)
-            reader = CheckpointReader(record, tiers.local, tiers.remotes, told=told)
+            images = _borrow(tiers, record.save_id)
+            reader = CheckpointReader(record, tiers.local, tiers.remotes, told=told, images=images)
         except SaveFailedError:
             raise  # a peer was lost
         except CkptError as failure:
@@ -179,6 +181,25 @@ def _open_together(
         if reader is not None:
             reader.close()
         passed.note(record, failed, tell=agreement.rank == 0)
+
+
+def _borrow(tiers: Tiers, save_id: str) -> Mapping[int, mmap]:
+    """Local. What this node's agent still has of the save in memory: after a crash of the trainers alone, all of it."""
+    if tiers.local is None:
+        return {}
+    from ckptstore.agent.client import AgentClient
+
+    try:
+        observer = AgentClient.observe(tiers.local.root)
+        if observer is None:
+            return {}
+        try:
+            return observer.borrow(tiers.run, save_id)
+        finally:
+            observer.close()
+    except CkptError as error:
+        log.debug("the node agent lends nothing of save %s: %s", save_id, error)
+        return {}
 
 
 def _tell(tiers: Tiers, agreement: Agreement, nodes: Nodes, record: Record) -> Told | None:

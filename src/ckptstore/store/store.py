@@ -26,6 +26,7 @@ from ckptstore.format.manifest import Parent, check_run_name
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.remote import RemoteTier
 from ckptstore.store.fence import Fence
+from ckptstore.store.eager import eager
 from ckptstore.store.handle import SaveHandle
 from ckptstore.store.loading import Tiers, choose, roll_forward
 from ckptstore.store.loading import load as load_save
@@ -121,6 +122,7 @@ class CheckpointStore:
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
+    @eager
     def save(
         self,
         state: Mapping[str, Any],
@@ -236,6 +238,7 @@ class CheckpointStore:
 
     # -- loading --------------------------------------------------------------------------------------------------
 
+    @eager
     def load(
         self,
         state: Mapping[str, Any],
@@ -289,6 +292,7 @@ class CheckpointStore:
             self._timeline.resumed(Parent(save_id=summary.save_id, timeline=summary.timeline, step=summary.step))
             return info
 
+    @eager
     def read(self, step: StepLike = "latest", *, only: Sequence[str] = ()) -> Any:
         """The stored state without a target: nested containers of CPU tensors. Local.
 

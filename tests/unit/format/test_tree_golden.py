@@ -119,6 +119,12 @@ VALUES: dict[str, Any] = {
     **{kind: _bits(kind) for kind in ("MT19937", "PCG64DXSM", "Philox", "SFC64")},
     "tensor": tree.TensorRef("model.w"), "per rank": tree.PerRankRef("rng"),
     "array kept as a tensor": tree.ArrayRef("replay.obs"),
+    "array kept as bytes": tree.ArrayRef("replay.t", np.dtype("<M8[us]"), (3, 2), is_transposed=True),
+    "composite tensor": tree.Composite(
+        "sparse_coo",
+        {"indices": tree.TensorRef("emb.indices"), "values": tree.TensorRef("emb.values")},
+        {"size": [4, 3], "dtype": "float32", "coalesced": True},
+    ),
     "registered type": tree.Opaque("golden.type", {"name": "golden.type", "v": [1], "~": "type"}),
 }  # fmt: skip
 

@@ -60,7 +60,9 @@ def test_nan_is_never_best_and_ties_go_to_the_newest() -> None:
 
 
 def test_nothing_is_best_and_a_note_says_so_when_several_losses_compete() -> None:
-    both = CheckpointInfo("r", 1, "a" * 12 + "-1", BEGIN, metrics={"loss": 1.0, "val_loss": 1.0}, tiers={"local": "complete"})
+    both = CheckpointInfo(
+        "r", 1, "a" * 12 + "-1", BEGIN, metrics={"loss": 1.0, "val_loss": 1.0}, tiers={"local": "complete"}
+    )
     decision = Retention(keep_last=1, keep_best=1).decide([both, info(2, 0.1)], "local")
     assert decision.note is not None
     assert "loss, val_loss" in decision.note
@@ -138,7 +140,8 @@ def test_retention_is_safe_whatever_the_run_looks_like(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"keep_last": -1}, {"keep_last": 0, "keep_best": 0}, {"mode": "low"}, {"keep_best": 1.5}, {"keep_last": True}]
+    "wrong",
+    [{"keep_last": -1}, {"keep_last": 0, "keep_best": 0}, {"mode": "low"}, {"keep_best": 1.5}, {"keep_last": True}],
 )
 def test_retention_refuses_what_would_keep_nothing(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):

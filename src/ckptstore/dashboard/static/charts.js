@@ -30,7 +30,9 @@
 
   // ---------------------------------------------------------------- data
   const cache = new Map();  // url -> {tag, body}
+  const packed = byId("packed") && JSON.parse(byId("packed").textContent);  // a report brings its data along
   const get = async (url) => {
+    if (packed) { const isNew = !cache.has(url); cache.set(url, {}); return { body: packed[url], isNew }; }
     const known = cache.get(url);
     const answer = await fetch(url, { cache: "no-store", headers: known?.tag ? { "If-None-Match": known.tag } : {} });
     if (answer.status === 304) return { body: known.body, isNew: false };
@@ -145,7 +147,7 @@
     byId("png").addEventListener("click", () => Plotly.downloadImage("curve", { format: "png", width: 1200, height: 600, filename: document.title.split(" ")[0].replace(/:$/, "") }));
     document.addEventListener("ckptstore:theme", redraw);
     document.addEventListener("ckptstore:changed", load);
-    load().then(() => byId("curve").on?.("plotly_click", ({ points }) => {
+    load().then(() => !packed && byId("curve").on?.("plotly_click", ({ points }) => {
       const [index, id] = points[0].customdata;
       location.href = `${index ? `../${encodeURIComponent(all[index].run)}/` : ""}checkpoint/${id}/`;
     }));

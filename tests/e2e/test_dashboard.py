@@ -1,0 +1,320 @@
+"""The dashboard in a real browser: what a person sees, and what the browser complains about."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dashboard_server import EVIL, JOB, Served, add_save, eventually, served, write_run
+
+from ckptstore import CheckpointStore, StoreConfig
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
+from selenium.webdriver.chrome.options import Options  # noqa: E402
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1200,900",
+)  # fmt: skip
+
+
+def _install_browser() -> None:
+    if shutil.which("chromium") and shutil.which("chromedriver"):
+        return
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        pytest.skip("no chromium and chromedriver here, and no right to install them: apt-get install chromium-driver")
+    for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", "chromium", "chromium-driver"]):
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode and command[1] == "install":
+            pytest.skip(f"chromium can't be installed: {done.stderr.decode()[-200:]}")
+
+
+class Browser:
+    """Chromium, and everything it asked for or complained about."""
+
+    def __init__(self, profile: Path) -> None:
+        options = Options()
+        options.binary_location = shutil.which("chromium") or ""
+        for flag in (*FLAGS, f"--user-data-dir={profile}", "about:blank"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+
+    def open(self, url: str) -> None:
+        self.driver.get(url)
+
+    def js(self, script: str, *arguments: object) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def all(self, selector: str) -> list[Any]:
+        return list(self.driver.find_elements(By.CSS_SELECTOR, selector))
+
+    def text(self, selector: str = "main") -> str:
+        return str(self.js("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
+
+    def charts_are_drawn(self) -> None:
+        shown = "return [...document.querySelectorAll('.chart:not([hidden])')]"
+        eventually(lambda: self.js(f"{shown}.length && {shown[7:]}.every((c) => c.querySelector('svg.main-svg'))"))
+        eventually(lambda: "Loading" not in self.text())
+
+    def look(self) -> None:
+        """Gather what has been asked for and complained about since."""
+        for entry in self.driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] == "Network.requestWillBeSent":
+                self.requests.append(message["params"]["request"]["url"])
+        self.complaints += [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def phone(self, width: int | None) -> None:
+        if width is None:
+            self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+            return
+        metrics = {"width": width, "height": 780, "deviceScaleFactor": 1, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def scheme(self, value: str) -> None:
+        features = [{"name": "prefers-color-scheme", "value": value}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    _install_browser()
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.driver.quit()
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """The browser; afterwards it must have been silent, and must have spoken to us only."""
+    chromium.look()
+    chromium.requests.clear()
+    chromium.complaints.clear()
+    yield chromium
+    chromium.look()
+    foreign = [u for u in chromium.requests if u.startswith("http") and not u.startswith("http://127.0.0.1:")]
+    assert not foreign
+    assert not chromium.complaints
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("browser")
+    write_run(folder, "bert", 6, pushed=5)
+    write_run(folder, "gpt", 2)
+    root = folder / "store"
+    for step in range(1, 61):
+        add_save(root, step, run="long", metrics={"val/loss": 1 / step, "acc": step / 60}, emergency=step == 7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(folder: Path) -> Iterator[Served]:
+    with served(str(folder / "store"), f"file://{folder}/bucket") as one:
+        eventually(lambda: one.get("/api/status.json").json["runs"][0]["levels"][1]["state"] == "behind")
+        yield one
+
+
+PAGES = (
+    "",
+    "run/bert/",
+    "run/long/training",
+    "run/long/checkpoints",
+    f"run/bert/checkpoint/{JOB}-5/",
+    "run/bert/storage",
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("look", ["light", "dark", "phone"])
+def test_page_is_whole(browser: Browser, site: Served, page: str, look: str) -> None:
+    browser.scheme("dark" if look == "dark" else "light")
+    browser.phone(360 if look == "phone" else None)
+    try:
+        browser.open(site.url + page)
+        if "plotly" in browser.driver.page_source:
+            browser.charts_are_drawn()
+        assert len(browser.all("h1")) == 1
+        assert browser.all("main")
+        width, room = browser.js("return [document.documentElement.scrollWidth, innerWidth]")
+        assert width <= room, "nothing sticks out sideways"
+        dark = browser.js("return getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 27)"
+        assert dark == (look == "dark")
+    finally:
+        browser.phone(None)
+        browser.scheme("light")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_can_be_used_without_eyes_or_mouse(browser: Browser, site: Served, page: str) -> None:
+    browser.open(site.url + page)
+    nameless = browser.js(
+        """return [...document.querySelectorAll("a, button, select, input:not([type=hidden]), progress, img")].filter((e) =>
+             !(e.getAttribute("aria-label") || e.innerText?.trim() || e.closest("label")?.innerText.trim()
+               || e.hasAttribute("alt"))).map((e) => e.outerHTML)"""
+    )
+    assert not nameless
+    assert not browser.js("return [...document.querySelectorAll('th:not([scope])')].length")
+    browser.driver.switch_to.active_element.send_keys(Keys.TAB)
+    assert browser.js("return document.activeElement.className") == "skip"
+    browser.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    assert browser.js("return document.activeElement.id") == "main"
+
+
+def test_first_page_tells_what_is_at_risk(browser: Browser, site: Served) -> None:
+    browser.open(site.url)
+    card = browser.text("[data-key='bert']")
+    assert "At risk" in card
+    assert "100 steps" in card
+    assert "push --all" in card
+    browser.js("document.querySelector('[data-key=bert] button.copy').click()")
+    eventually(lambda: browser.text("[data-key='bert'] button.copy") in ("Copied", "Selected"))
+
+
+def test_curves_can_be_smoothed_logged_compared_and_saved(browser: Browser, site: Served) -> None:
+    browser.open(f"{site.url}run/long/training")
+    browser.charts_are_drawn()
+    names = "return document.getElementById('curve').data.map((t) => t.name)"
+    assert {"best", "emergency"} <= set(browser.js(names))
+    assert "best (lowest) 0.01667 at step 60" in browser.text("#curve-words")
+    browser.js("const s = document.getElementById('smooth'); s.value = 0.9; s.dispatchEvent(new Event('input'))")
+    eventually(lambda: len(browser.js("return document.getElementById('curve').data")) == 4)
+    browser.js("document.getElementById('log').click()")
+    assert browser.js("return document.getElementById('curve').layout.yaxis.type") == "log"
+    browser.js("const m = document.getElementById('metric'); m.value = 'acc'; m.dispatchEvent(new Event('change'))")
+    assert "best (highest) 1.000 at step 60" in browser.text("#curve-words")
+    browser.js(
+        "const w = document.getElementById('with'); w.options[0].selected = true; w.dispatchEvent(new Event('change'))"
+    )
+    eventually(lambda: "bert: no value of acc" in browser.text("#curve-words"))
+    assert browser.driver.current_url.endswith("?with=bert")
+    png = browser.driver.execute_async_script(
+        "const done = arguments[0]; Plotly.toImage('curve', {format: 'png'}).then(done, (e) => done(String(e)))"
+    )
+    assert png.startswith("data:image/png")
+
+
+def test_table_turns_pages_and_sorts_by_links(browser: Browser, site: Served) -> None:
+    browser.open(f"{site.url}run/long/checkpoints")
+    assert len(browser.all("tbody tr")) == 50
+    browser.all("a[rel=next]")[0].click()
+    assert len(browser.all("tbody tr")) == 10
+    next(a for a in browser.all("thead a") if a.text.startswith("acc")).click()
+    assert browser.all("th[aria-sort=descending]")[0].text.startswith("acc")
+    assert browser.text("tbody tr:first-child th") == "60"
+
+
+def test_treemap_and_waterfall_tell_the_story_in_words_too(browser: Browser, site: Served) -> None:
+    browser.open(f"{site.url}run/bert/checkpoint/{JOB}-5/")
+    browser.charts_are_drawn()
+    assert "Training waited 210 ms" in browser.text("#time-words")
+    assert "1 unchanged (32.0 KiB), 1 delta (16.0 KiB)" in browser.text("#map-words")
+    browser.js("document.querySelector('details').open = true")
+    assert "model.embed.weight" in browser.text("#largest-rows")
+
+
+def test_names_stay_text_when_they_are_scripts(browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path, "bert", 1, **{EVIL: [3.0, 2.0, 1.0]})
+    for step in (500, 600):
+        add_save(
+            tmp_path / "store", step, metrics={EVIL: float(step), "<img src=x onerror=alert(1)>": 1.0}, tags=(EVIL,)
+        )
+    with served(str(tmp_path / "store")) as one:
+        for page in ("", "run/bert/", "run/bert/training", "run/bert/checkpoints", f"run/bert/checkpoint/{JOB}-600/"):
+            browser.open(one.url + page)
+            if page.endswith("training"):
+                browser.charts_are_drawn()
+                for name in browser.js("return [...document.getElementById('metric').options].map((o) => o.value)"):
+                    browser.js(
+                        "const m = document.getElementById('metric'); m.value = arguments[0];"
+                        "m.dispatchEvent(new Event('change'))",
+                        name,
+                    )
+                    assert "<" not in browser.js("return document.querySelector('#curve .ytitle').innerHTML")
+                assert EVIL in browser.js("return [...document.querySelectorAll('#metric option')].map((o) => o.text)")
+            eventually(lambda: browser.text("#live-text") == "live")
+            assert browser.driver.title != "owned"
+            assert not browser.js("return document.querySelectorAll('main script, main img, svg script').length")
+        assert EVIL in browser.text()
+
+
+def _training(root: Path, bucket: Path, steps: int, go_on: threading.Event) -> None:
+    config = StoreConfig(agent_idle_exit_seconds=1)
+    with CheckpointStore(root, remote=f"file://{bucket}", run="live", config=config) as store:
+        for step in range(1, steps + 1):
+            assert go_on.wait(60)
+            go_on.clear()
+            state = {"model": {"w": torch.full((256, 256), float(step))}, "loss_history": [1.0 / step] * (step + 1)}
+            store.save(state, step * 10, metrics={"loss": 1 / step}, wait="remote")
+
+
+def test_page_lives_during_a_real_training(browser: Browser, tmp_path: Path) -> None:
+    root, bucket = tmp_path / "store", tmp_path / "bucket"
+    go_on = threading.Event()
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            _training(root, bucket, 3, go_on)
+        except BaseException as error:
+            failures.append(error)
+
+    trainer = threading.Thread(target=run)
+    trainer.start()
+    try:
+        go_on.set()
+        eventually(lambda: (root / "ckptstore.json").exists() or failures)
+        with served(str(root), f"file://{bucket}") as one:
+            browser.open(one.url)
+            _stays(browser, lambda: "newest step 10" in browser.text("[data-key='live']"))
+            assert "training here" in browser.text("[data-key='live']")
+            go_on.set()
+            _stays(browser, lambda: "newest step 20" in browser.text("[data-key='live']"))
+            _stays(browser, lambda: "Safe" in browser.text("[data-key='live'] header"))
+            browser.open(f"{one.url}run/live/training")
+            browser.charts_are_drawn()
+            points = "return document.getElementById('curve').data[0].x.length"
+            assert browser.js(points) == 2
+            browser.js("document.getElementById('curve').dataset.mark = 'kept'")
+            go_on.set()
+            _stays(browser, lambda: browser.js(points) == 3)
+            assert browser.js("return document.getElementById('curve').dataset.mark") == "kept", "redrawn in place"
+            eventually(lambda: "loss_history (4)" in browser.text("#history-words"))
+    finally:
+        for _ in range(3):
+            go_on.set()
+            trainer.join(1)
+        trainer.join(60)
+    assert not failures
+
+
+def _stays(browser: Browser, look: Callable[[], object]) -> None:
+    """It becomes true without the page being loaded again, and the focus stays where it was."""
+    browser.js("window.mark = 1; document.getElementById('theme').focus()")
+    eventually(look, 30)
+    assert browser.js("return window.mark") == 1
+    assert browser.js("return document.activeElement.id") == "theme"
+
+
+def test_page_says_so_when_it_is_not_live_any_more(chromium: Browser, tmp_path: Path) -> None:
+    add_save(tmp_path, 100)
+    with served(str(tmp_path)) as one:
+        chromium.open(one.url)
+        assert chromium.text("#live-text") == "live"
+    eventually(lambda: "does not answer" in chromium.text("#live-text"), 30)
+    assert "100" in chromium.text(), "what was last known stays"
+    chromium.open("about:blank")

@@ -1,0 +1,78 @@
+"""State of several ranks: at other world sizes, replicas that differ, values that are each rank's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fidelity_jobs import (
+    ddp_buffers,
+    differing,
+    expected_own,
+    load_tables,
+    own_values,
+    save_tables,
+    wrappers,
+)
+from ranks import run_ranks
+
+
+def test_every_kind_of_value_comes_back_when_loaded_at_another_world_size(tmp_path: Path) -> None:
+    root, bucket = str(tmp_path / "store"), f"file://{tmp_path}/bucket"
+    assert run_ranks(2, save_tables, root, bucket) == ["saved"] * 2
+    assert run_ranks(1, load_tables, root, bucket) == ["same"]
+    assert run_ranks(3, load_tables, None, bucket) == ["same"] * 3
+
+
+@pytest.mark.parametrize(
+    ("what", "key"),
+    [
+        ("a parameter", "model.weight"),
+        ("a moment", "opt.state.bias.exp_avg"),
+        ("a hyperparameter", "opt.param_groups.0.lr"),
+        ("a counter", "n.epoch"),
+        ("sparse values", "s.values"),
+        ("sparse pattern", "s.indices"),
+        ("a quantizer", "q"),
+        ("a random generator", "g"),
+        ("a large array", "a"),
+        ("a container", "c"),
+        ("one bit of a nan", "b"),
+        ("ties", "u"),
+    ],
+)
+def test_key_and_ranks_are_named_and_nothing_is_saved_when_replicas_differ(tmp_path: Path, what: str, key: str) -> None:
+    for (error, named, message), steps in run_ranks(2, differing, str(tmp_path / "store"), what):
+        assert error == "StateError", message
+        assert str(named).startswith(key), message
+        assert "rank 1" in message or "rank 0" in message
+        assert steps == []
+
+
+def test_buffers_are_those_of_rank_0_when_ddp_ranks_differ(tmp_path: Path) -> None:
+    (first, loaded), (second, also_loaded) = run_ranks(2, ddp_buffers, str(tmp_path / "store"))
+    assert not torch.equal(first, second), "the test needs statistics that differ"
+    assert torch.equal(loaded, first)
+    assert torch.equal(also_loaded, first)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_each_rank_gets_the_values_of_its_number_modulo_the_saved_world(saved_by_three: str, world_size: int) -> None:
+    results: list[Any] = run_ranks(world_size, own_values, saved_by_three, "load")
+    for rank, (size, number, described) in enumerate(results):
+        assert (size, number) == (world_size, rank % 3)
+        assert described == expected_own(rank % 3)
+
+
+@pytest.fixture(scope="module")
+def saved_by_three(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = str(tmp_path_factory.mktemp("own") / "store")
+    assert run_ranks(3, own_values, root, "save") == [None] * 3
+    return root
+
+
+def test_values_are_the_same_when_saved_and_loaded_by_differently_wrapped_models(tmp_path: Path) -> None:
+    for problems in run_ranks(2, wrappers, str(tmp_path / "store"), timeout_s=170):
+        assert problems == []

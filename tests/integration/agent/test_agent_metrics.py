@@ -1,0 +1,120 @@
+"""The agent's Prometheus metrics, scraped as Prometheus does, and what is built on them."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from agent_node import Node, until
+from prometheus_client.parser import text_string_to_metric_families
+
+from ckptstore.config import StoreConfig
+
+ROOT = Path(__file__).parents[3]
+
+CONTRACT = {
+    "ckptstore_save_stall_seconds", "ckptstore_save_seconds", "ckptstore_upload_bytes_total",
+    "ckptstore_upload_lag_seconds", "ckptstore_last_committed_timestamp_seconds", "ckptstore_jobs",
+    "ckptstore_retries_total", "ckptstore_failures_total", "ckptstore_verify_failures_total",
+    "ckptstore_local_free_bytes", "ckptstore_build_info",
+}  # fmt: skip
+
+
+def scrape(port: int) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    families = text_string_to_metric_families(text)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def value(found: Any, name: str, **labels: str) -> float | None:
+    return found.get((name, frozenset(labels.items())))
+
+
+def port_of(trainer: Any) -> int:
+    port = trainer.client.status()["metrics"]["port"]
+    assert isinstance(port, int)
+    return port
+
+
+def test_metrics_tell_of_saves_and_uploads(node: Node) -> None:
+    trainer = node.trainer(remotes={"b": node.remote}, config=StoreConfig(metrics_port=0))
+    save_id = trainer.save(1)
+    event = trainer.wait("remote", save_id)
+    found = scrape(port_of(trainer))
+    assert value(found, "ckptstore_upload_bytes_total", run="run", kind="plain") == event.data["summary"]["size_bytes"]
+    assert value(found, "ckptstore_upload_bytes_total", run="run", kind="stored") == event.data["stored_bytes"]
+    for stage in ("write", "commit", "upload"):
+        until(lambda s=stage: value(scrape(port_of(trainer)), "ckptstore_save_seconds_count", run="run", stage=s) == 1)
+    for tier in ("local", "b"):
+        when = value(found, "ckptstore_last_committed_timestamp_seconds", run="run", tier=tier)
+        assert when is not None
+        assert when > 1.7e9
+    assert value(found, "ckptstore_upload_lag_seconds", run="run", remote="b") == 0
+    assert value(found, "ckptstore_jobs", run="run", state="uploading") == 0
+    assert (value(found, "ckptstore_local_free_bytes") or 0) > 0
+
+
+def test_metrics_count_failures(node: Node) -> None:
+    (node.path / "bucket").rmdir()
+    trainer = node.trainer(remotes={"b": node.remote}, config=StoreConfig(metrics_port=0))
+    failed = trainer.wait("failed", trainer.save(1))
+    found = scrape(port_of(trainer))
+    error = failed.data["error"]
+    assert value(found, "ckptstore_failures_total", run="run", op="remote", error=error) == 1
+    assert (value(found, "ckptstore_jobs", run="run", state="queued") or 0) == 1
+    (node.path / "bucket").mkdir()
+
+
+def test_nothing_is_served_when_nobody_asked(node: Node) -> None:
+    trainer = node.trainer()
+    assert trainer.client.status()["metrics"] is None
+
+
+def test_training_goes_on_when_the_port_is_taken(node: Node) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        trainer = node.trainer(config=StoreConfig(metrics_port=taken.getsockname()[1]))
+        trainer.wait("local", trainer.save(1))
+        told = trainer.client.status()["metrics"]
+    assert told["port"] is None
+    assert "in use" in told["error"]
+
+
+@pytest.fixture
+def served_names(node: Node) -> set[str]:
+    """Names of everything the agent serves, series or not."""
+    trainer = node.trainer(remotes={"b": node.remote}, config=StoreConfig(metrics_port=0))
+    trainer.wait("remote", trainer.save(1))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port_of(trainer)}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return set(re.findall(r"^# TYPE (\w+)", text, re.M))
+
+
+def test_every_promised_name_is_served(served_names: set[str]) -> None:
+    assert served_names >= CONTRACT
+    page = (ROOT / "docs/reference/metrics.md").read_text()
+    assert set(re.findall(r"^\| `(ckptstore_\w+)", page, re.M)) == CONTRACT
+
+
+def test_alerts_and_panels_ask_for_names_that_are_served(served_names: set[str]) -> None:
+    rules = yaml.safe_load((ROOT / "grafana/alerts.yaml").read_text())["groups"][0]["rules"]
+    board = json.loads((ROOT / "grafana/dashboard.json").read_text())
+    expressions = [rule["expr"] for rule in rules]
+    expressions += [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert len(expressions) > 15
+    for expression in expressions:
+        names = set(re.findall(r"\bckptstore_\w+", expression))
+        assert names
+        assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in names} <= served_names, expression
+        assert expression.count("(") == expression.count(")")
+    assert all({"summary", "description"} <= rule["annotations"].keys() for rule in rules)
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)

@@ -1,0 +1,214 @@
+"""What ranks do in the tests of state fidelity; every function here runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from typing import Any
+
+import numpy as np
+import state_tables
+import torch
+import torch.distributed as dist
+from sameness import assert_same
+from torch import nn
+
+from ckptstore import CheckpointStore, StoreConfig, per_rank
+
+QUICK = StoreConfig(deadline_s=15, agent_idle_exit_seconds=5)
+
+
+def whole_state() -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    tensors = state_tables.tensors()
+    del tensors["quint4x2 odd"]  # torch leaves its last half byte to chance, so replicas differ
+    return {"values": state_tables.values(), "tensors": tensors}
+
+
+def save_tables(rank: int, root: str, remote: str) -> str:
+    """The same of everything on every rank, compared in full."""
+    with CheckpointStore(root, remote=remote, config=QUICK.model_copy(update={"check_replicas": "full"})) as store:
+        store.save(whole_state(), 1, wait="remote")
+    return "saved"
+
+
+def load_tables(rank: int, root: str | None, remote: str) -> str:
+    expected = whole_state()
+    state = {name: dict.fromkeys(table) for name, table in expected.items()}
+    with CheckpointStore(root, remote=remote, config=QUICK) as store:
+        store.load(state)
+    assert_same(expected, state, f"rank {rank}")
+    return "same"
+
+
+def batch_norm(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)))
+
+
+def ddp_buffers(rank: int, root: str) -> Any:
+    """Statistics differ by design: rank 0's are everybody's afterwards."""
+    model = batch_norm(0)
+    torch.manual_seed(50 + rank)
+    for _ in range(3):
+        model(torch.randn(8, 4)).sum().backward()
+    mine = model.module[1].running_mean.clone()
+    with CheckpointStore(root, config=QUICK.model_copy(update={"check_replicas": "full"})) as store:
+        store.save({"model": model}, 1, wait="local")
+        other = batch_norm(1)
+        store.load({"model": other})
+    return mine, other.module[1].running_mean.clone()
+
+
+def own_values(rank: int, root: str, mode: str) -> Any:
+    """Each rank's own: tensors, plain values, generators, and more on rank 1 than on the others."""
+    generator = random.Random(rank)
+    value: dict[str, Any] = {
+        "t": torch.full((2 + rank,), float(rank)),
+        "n": rank,
+        "list": [rank] * rank,
+        "numpy": np.random.default_rng(rank),
+        "random": generator,
+        "sparse": torch.sparse_coo_tensor([[rank]], [1.0], (8,), check_invariants=True),
+        "large": np.arange(20_000) + rank,
+        "key": {f"only {rank}": rank},
+    }
+    with CheckpointStore(root, config=QUICK) as store:
+        if mode == "save":
+            store.save({"shared": 1, "mine": per_rank(value)}, 1, wait="local")
+            return None
+        target = per_rank(None)
+        store.load({"mine": target})
+        return dist.get_world_size(), int(target.value["n"]), _describe(target.value)
+
+
+def _describe(value: dict[str, Any]) -> Any:
+    return (
+        value["t"].tolist(), value["list"], value["numpy"].random(), value["random"].random(),
+        value["sparse"].to_dense().tolist(), int(value["large"][0]), value["key"],
+    )  # fmt: skip
+
+
+def expected_own(rank: int) -> Any:
+    sparse = [0.0] * 8
+    sparse[rank] = 1.0
+    return (
+        [float(rank)] * (2 + rank), [rank] * rank, np.random.default_rng(rank).random(), random.Random(rank).random(),
+        sparse, rank, {f"only {rank}": rank},
+    )  # fmt: skip
+
+
+def differing(rank: int, root: str, what: str) -> Any:
+    """Rank 1's is not what the others hold."""
+    odd = rank == 1
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state: dict[str, Any] = {"model": model, "opt": optimizer, "n": {"epoch": 3}}
+    with torch.no_grad():
+        if what == "a parameter":
+            model.weight[0, 0] += odd
+        elif what == "a moment":
+            optimizer.state[model.bias]["exp_avg"][0] += odd
+        elif what == "a hyperparameter":
+            optimizer.param_groups[0]["lr"] += odd
+        elif what == "a counter":
+            state["n"]["epoch"] += odd
+        elif what == "sparse values":
+            state["s"] = torch.sparse_coo_tensor([[1]], [1.0 + odd], (3,), check_invariants=True)
+        elif what == "sparse pattern":
+            state["s"] = torch.sparse_coo_tensor([[1 + odd]], [1.0], (3,), check_invariants=True)
+        elif what == "a quantizer":
+            warnings.simplefilter("ignore")
+            state["q"] = torch.quantize_per_tensor(torch.zeros(3), 0.1 + odd, 0, torch.qint8)
+        elif what == "a random generator":
+            state["g"] = torch.Generator().manual_seed(rank)
+        elif what == "a large array":
+            state["a"] = np.zeros(20_000) + odd
+        elif what == "a container":
+            state["c"] = [1, 2] if odd else (1, 2)
+        elif what == "one bit of a nan":
+            state["b"] = torch.tensor([0x7FC00000 + odd], dtype=torch.int32).view(torch.float32)
+        elif what == "ties":
+            state["u"] = model.weight if odd else model.weight.detach().clone()
+    with CheckpointStore(root, config=QUICK.model_copy(update={"check_replicas": "full"})) as store:
+        try:
+            store.save(state, 1)
+        except Exception as error:
+            raised = type(error).__name__, getattr(error, "context", {}).get("key"), str(error)
+        else:
+            raised = ("nothing", None, "")
+        return raised, [info.step for info in store.checkpoints()]
+
+
+def wrapped(kind: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The same network, plain or as jobs wrap it, and its optimizer."""
+    torch.manual_seed(seed)
+    model: nn.Module = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
+    if kind == "compiled in place":
+        model.compile(backend="eager")
+    if kind in ("fsdp2", "compiled fsdp2"):
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (model[0], model[2]):
+            fully_shard(part)
+        fully_shard(model)
+    if kind == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    if kind in ("ddp", "compiled ddp"):
+        model = nn.parallel.DistributedDataParallel(model)
+    if kind == "data parallel":
+        model = nn.DataParallel(model)
+    if kind.startswith("compiled ") and kind != "compiled in place":
+        model = torch.compile(model, backend="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01 * (1 + seed))
+    torch.manual_seed(seed + 5)
+    for _ in range(2):
+        model(torch.randn(4, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def in_order(state: dict[str, Any]) -> dict[str, Any]:
+    """Names sorted: FSDP1 has an order of its own."""
+    groups = [{**group, "params": sorted(group["params"])} for group in state["opt"]["param_groups"]]
+    return {
+        "model": dict(sorted(state["model"].items())),
+        "state": {name: dict(sorted(entry.items())) for name, entry in sorted(state["opt"]["state"].items())},
+        "groups": [dict(sorted(group.items())) for group in groups],
+    }
+
+
+WRAPPERS = ("plain", "compiled in place", "compiled plain", "ddp", "compiled ddp", "fsdp2", "compiled fsdp2", "fsdp1")
+
+
+def wrappers(rank: int, root: str) -> list[str]:
+    """Every way of wrapping saved, and loaded into every other; each checkpoint must give the same values."""
+    warnings.simplefilter("ignore")
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    problems: list[str] = []
+    with CheckpointStore(root, config=QUICK) as store:
+        for number, saver in enumerate(WRAPPERS):
+            model, optimizer = wrapped(saver, 0)
+            store.save({"model": model, "opt": optimizer}, number, wait="local")
+            expected = in_order(store.read(number))
+            names = set(expected["model"])
+            if names != {"0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var",
+                         "1.num_batches_tracked", "2.weight", "2.bias"}:  # fmt: skip
+                problems.append(f"{saver}: names {sorted(names)}")
+            for loader in WRAPPERS:
+                other, resumed = wrapped(loader, 1)
+                try:
+                    store.load({"model": other, "opt": resumed}, number)
+                    store.save({"model": other, "opt": resumed}, 100, wait="local")
+                    assert_same(expected, in_order(store.read(100)), f"{saver} -> {loader}")
+                except Exception as error:
+                    problems.append(f"{saver} -> {loader}: {type(error).__name__}: {str(error)[:300]}")
+    return problems
