@@ -33,8 +33,8 @@ test: $(STAMP)  ## the test suite
 test-crash: $(STAMP)  ## the long crash sweeps: kill -9 and power cuts at many more moments
 	CKPTSTORE_TEST_SCALE=10 $(PYTEST) tests/crash -m crash
 
-test-deep: $(STAMP)  ## property tests with many more examples
-	CKPTSTORE_TEST_SCALE=50 $(PYTEST) tests/unit --timeout 3600
+test-deep: $(STAMP)  ## property tests with many more examples, and the soak of 2 000 saves
+	CKPTSTORE_TEST_SCALE=50 $(PYTEST) tests/unit tests/fidelity --timeout 9000
 
 lint: $(STAMP)  ## ruff: style and mistakes
 	$(BIN)/ruff check src tests benchmarks

@@ -95,18 +95,23 @@ def nothing() -> None:
 
 
 def run(contenders: dict[str, Contender], rounds: int) -> dict[str, dict[str, Any]]:
-    """Median seconds of each; the first run of each is not counted."""
+    """Median wall and CPU seconds of each (this process's); the first run of each is not counted."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name in random.Random(number).sample(list(contenders), len(contenders)):
             before, load = contenders[name]
             before()
             gc.collect()
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             load()
             if number:
                 samples[name].append(time.perf_counter() - began)
-    return {name: {"seconds": statistics.median(values), "samples": values} for name, values in samples.items()}
+                cpu[name].append(time.process_time() - cpu_began)
+    return {
+        name: {"seconds": statistics.median(values), "cpu_seconds": statistics.median(cpu[name]), "samples": values}
+        for name, values in samples.items()
+    }
 
 
 class State:

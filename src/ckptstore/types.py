@@ -26,7 +26,8 @@ class LoadReport:
         unexpected: keys of the checkpoint below a named top-level key that the target lacks.
         cast: key -> (stored dtype, target dtype), where they differed and the value was converted.
         renamed: stored key -> target key.
-        bytes_by_source: plain bytes taken from each source ("local", a remote's name, ...).
+        bytes_by_source: plain bytes taken from each source: "arena" (the node agent's memory), "local", "peer" (read by
+            another rank of the job), or a remote's name.
         repaired: local files whose damaged or missing bytes were replaced from a remote.
         passed_over: newer checkpoints that were not used, with the reason.
     """

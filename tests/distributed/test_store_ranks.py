@@ -14,6 +14,7 @@ from store_jobs import (
     load_and_fetch,
     load_from,
     load_on_nodes,
+    load_with_trouble,
     refuse_on_one_rank,
     save,
     save_on_nodes,
@@ -89,6 +90,19 @@ def test_all_ranks_fail_when_they_save_different_steps(tmp_path: Path) -> None:
 
 def test_stock_save_and_load_of_sharded_models_go_through_the_store(tmp_path: Path) -> None:
     assert run_ranks(2, stock_calls, str(tmp_path / "store")) == [(True, 3, [10])] * 2
+
+
+def test_a_load_may_take_longer_than_the_deadline_when_all_ranks_are_alive(tmp_path: Path) -> None:
+    (expected, *_), _ = run_ranks(2, save, "fsdp", str(tmp_path), None)
+    assert run_ranks(2, load_with_trouble, str(tmp_path), "slow") == [expected] * 2
+
+
+def test_a_rank_that_dies_while_loading_is_named(tmp_path: Path) -> None:
+    run_ranks(2, save, "fsdp", str(tmp_path), None)
+    survivor, dead = run_ranks(2, load_with_trouble, str(tmp_path), "dies")
+    assert dead == DEAD
+    assert type(survivor).__name__ == "SaveFailedError", survivor
+    assert "rank 1" in str(survivor)
 
 
 class TestTwoNodes:

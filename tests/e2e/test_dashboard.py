@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture
 def browser(chromium: Browser) -> Iterator[Browser]:
     """The browser; afterwards it must have been silent, and must have spoken to us only."""
+    chromium.open("about:blank")
     chromium.look()
     chromium.requests.clear()
     chromium.complaints.clear()
@@ -128,6 +130,9 @@ def site(folder: Path) -> Iterator[Served]:
         eventually(lambda: one.get("/api/status.json").json["runs"][0]["levels"][1]["state"] == "behind")
         yield one
 
+
+#: Plotly makes a link of this where it is not escaped.
+LINK = "<a href='javascript:alert(1)'>loss</a> <b>bold</b>"
 
 PAGES = (
     "",
@@ -163,9 +168,10 @@ def test_page_is_whole(browser: Browser, site: Served, page: str, look: str) -> 
 def test_page_can_be_used_without_eyes_or_mouse(browser: Browser, site: Served, page: str) -> None:
     browser.open(site.url + page)
     nameless = browser.js(
-        """return [...document.querySelectorAll("a, button, select, input:not([type=hidden]), progress, img")].filter((e) =>
-             !(e.getAttribute("aria-label") || e.innerText?.trim() || e.closest("label")?.innerText.trim()
-               || e.hasAttribute("alt"))).map((e) => e.outerHTML)"""
+        """const all = "a, button, select, input:not([type=hidden]), progress, img";
+           const says = (e) => e.getAttribute("aria-label") || e.innerText?.trim() || e.hasAttribute("alt")
+             || e.closest("label")?.innerText.trim();
+           return [...document.querySelectorAll(all)].filter((e) => !says(e)).map((e) => e.outerHTML)"""
     )
     assert not nameless
     assert not browser.js("return [...document.querySelectorAll('th:not([scope])')].length")
@@ -231,7 +237,10 @@ def test_names_stay_text_when_they_are_scripts(browser: Browser, tmp_path: Path)
     write_run(tmp_path, "bert", 1, **{EVIL: [3.0, 2.0, 1.0]})
     for step in (500, 600):
         add_save(
-            tmp_path / "store", step, metrics={EVIL: float(step), "<img src=x onerror=alert(1)>": 1.0}, tags=(EVIL,)
+            tmp_path / "store",
+            step,
+            metrics={EVIL: float(step), "<img src=x onerror=alert(1)>": 1.0, LINK: 2.0},
+            tags=(EVIL,),
         )
     with served(str(tmp_path / "store")) as one:
         for page in ("", "run/bert/", "run/bert/training", "run/bert/checkpoints", f"run/bert/checkpoint/{JOB}-600/"):
@@ -244,12 +253,40 @@ def test_names_stay_text_when_they_are_scripts(browser: Browser, tmp_path: Path)
                         "m.dispatchEvent(new Event('change'))",
                         name,
                     )
-                    assert "<" not in browser.js("return document.querySelector('#curve .ytitle').innerHTML")
+                    assert browser.js("return document.querySelector('#curve .ytitle').textContent") == name
                 assert EVIL in browser.js("return [...document.querySelectorAll('#metric option')].map((o) => o.text)")
             eventually(lambda: browser.text("#live-text") == "live")
             assert browser.driver.title != "owned"
             assert not browser.js("return document.querySelectorAll('main script, main img, svg script').length")
         assert EVIL in browser.text()
+        browser.open("about:blank")
+
+
+def test_a_report_opens_without_a_store_or_a_network(browser: Browser, folder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    command = [sys.executable, "-m", "ckptstore.cli", "plot", str(folder / "store"), "--run", "bert"]
+    command += ["--remote", f"file://{folder}/bucket", "-o", str(report), "--json"]
+    made = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert made["size_bytes"] == report.stat().st_size
+    browser.open(f"file://{report}")
+    browser.charts_are_drawn()
+    words = browser.text()
+    for part in ("At risk", "loss_history (30)", "local holds 288 KiB as loaded", "500", "push --all"):
+        assert part in words
+    assert len(browser.all("tbody tr")) == 2 + 6
+
+
+def test_a_report_keeps_scripts_as_text(browser: Browser, tmp_path: Path) -> None:
+    close = "</script><script>document.title='owned'</script>"
+    add_save(tmp_path / "store", 100, metrics={close: 1.0}, tags=(close, "<!--<script>"))
+    add_save(tmp_path / "store", 200, metrics={close: 2.0})
+    report = tmp_path / "report.html"
+    command = [sys.executable, "-m", "ckptstore.cli", "plot", str(tmp_path / "store"), "-o", str(report)]
+    subprocess.run(command, check=True, capture_output=True)
+    browser.open(f"file://{report}")
+    browser.charts_are_drawn()
+    assert browser.driver.title == "bert · ckptstore report"
+    assert close in browser.text()
 
 
 def _training(root: Path, bucket: Path, steps: int, go_on: threading.Event) -> None:
@@ -294,6 +331,7 @@ def test_page_lives_during_a_real_training(browser: Browser, tmp_path: Path) -> 
             _stays(browser, lambda: browser.js(points) == 3)
             assert browser.js("return document.getElementById('curve').dataset.mark") == "kept", "redrawn in place"
             eventually(lambda: "loss_history (4)" in browser.text("#history-words"))
+            browser.open("about:blank")
     finally:
         for _ in range(3):
             go_on.set()

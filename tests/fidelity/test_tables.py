@@ -106,6 +106,36 @@ def test_everything_comes_back_when_read_in_a_fresh_process(saved: tuple[Path, s
     assert done.stdout == "same\n", done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    "name", ["tensor in a dataclass", "large array big-endian", "registered by tensors", "dataclass of sparse"]
+)
+def test_one_object_comes_back_when_only_that_is_asked_for(saved: tuple[Path, str], name: str) -> None:
+    with CheckpointStore(saved[0]) as store:
+        expected, only = state_tables.values()[name], [f"values.{name}"]
+        assert_same({"values": {name: expected}}, store.read(only=only))
+        state = {"values": dict.fromkeys(state_tables.values())}
+        info = store.load(state, only=only)
+        assert info is not None
+        assert_same(expected, state["values"][name])
+        assert [key for key, value in state["values"].items() if value is not None] == [name]
+
+
+def test_stock_dcp_finds_the_parts_of_composite_tensors_under_their_names(saved: tuple[Path, str]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    folder = next(saved[0].rglob(".metadata")).parent
+    expected = state_tables.tensors()["sparse_csr"]
+    target: dict[str, Any] = {
+        "tensors.sparse_csr.values": torch.zeros(4),
+        "tensors.sparse_csr.crow_indices": torch.zeros(5, dtype=torch.int64),
+        "tensors": {"strided": torch.zeros(5, dtype=torch.int64)},
+    }
+    dcp.load(target, checkpoint_id=folder, no_dist=True)
+    assert torch.equal(target["tensors.sparse_csr.values"], expected.values())
+    assert torch.equal(target["tensors.sparse_csr.crow_indices"], expected.crow_indices())
+    assert torch.equal(target["tensors"]["strided"], state_tables.tensors()["strided"])
+
+
 def test_every_dtype_of_torch_is_in_the_table() -> None:
     known = {tensor.dtype for tensor in state_tables.tensors().values()}
     assert {value for value in vars(torch).values() if isinstance(value, torch.dtype)} - known == set()

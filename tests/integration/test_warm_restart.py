@@ -90,3 +90,14 @@ def test_memory_that_is_written_over_is_not_believed(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded.report is not None
     assert dict(loaded.report.bytes_by_source) == {"local": SIZE * 4}
+
+
+def test_the_disk_is_read_when_the_trainer_ended_in_good_order(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path, config=CONFIG) as store:
+        store.save({"w": torch.ones(SIZE), "n": 1}, 1, wait="local")
+        state = {"w": torch.zeros(SIZE), "n": 0}
+        info = store.load(state)
+        assert info is not None
+        assert info.report is not None
+        assert set(info.report.bytes_by_source) == {"local"}, "its own memory may be written to at any moment"
+    assert set(load(tmp_path)[1]) == {"local"}

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--step-seconds", type=float, default=0.01)
     parser.add_argument("--every", type=int, default=5)
-    parser.add_argument("--grace", type=float, default=5.0)
+    parser.add_argument("--grace", type=float, default=25.0)
     parser.add_argument("--elements", type=int, default=1000)
     parser.add_argument("--remote")
     parser.add_argument("--at", type=int, default=0, help="step after which --then happens")

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from datetime import timezone
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +104,25 @@ def _quietly(make: Callable[[], Any]) -> Any:
         return make()
 
 
-def states() -> st.SearchStrategy[Any]:
+class Held:
+    """A state that can be shown: torch can't print tensors of every dtype."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        try:
+            return repr(self.value)
+        except Exception as error:
+            return f"<a state that can't be shown: {error}>"
+
+
+@st.composite
+def states(draw: Any) -> Held:
     """Any nesting, tensors included."""
+    return Held(draw(_with_tensors()))
+
+
+@lru_cache
+def _with_tensors() -> st.SearchStrategy[Any]:
     return st.recursive(scalars | numeric_arrays | tensors(), containers, max_leaves=20)

@@ -102,7 +102,7 @@ def tensor_bytes(tensor: Any) -> bytes:
         tensor = tensor.view(torch.uint8)
     elif tensor.dtype is torch.bits16:
         tensor = tensor.view(torch.int16)
-    flat = tensor.contiguous().reshape(-1)
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # one element may have any stride
     return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 

@@ -117,6 +117,26 @@ def stock_calls(rank: int, root: str) -> Any:
     return fingerprint(model, optimizer) == fingerprint(other, other_optimizer), target["n"], steps
 
 
+def load_with_trouble(rank: int, root: str, trouble: str) -> Any:
+    """Rank 1 is slow to read, or dies, in the middle of a load; the deadline is 2 s."""
+    from ckptstore.repo.reader import CheckpointReader
+
+    read_batch = CheckpointReader.read_batch
+
+    def troubled(self: CheckpointReader, wanted: Any) -> Any:
+        if trouble == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(5)
+        return read_batch(self, wanted)
+
+    if rank == 1:
+        CheckpointReader.read_batch = troubled  # type: ignore[method-assign]
+    model, optimizer = make("ddp", seed=1)
+    store = CheckpointStore(root, config=StoreConfig(deadline_s=2, agent_idle_exit_seconds=5))
+    store.load({"model": model, "optimizer": optimizer})
+    return fingerprint(model, optimizer)
+
+
 def die(rank: int, moment: str, root: str, remote: str | None) -> Any:
     """Two nodes of one rank each; somebody dies at ``moment`` of the second save, after a first one is complete."""
     folder = node_root(root, rank)

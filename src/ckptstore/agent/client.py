@@ -272,7 +272,7 @@ class AgentClient:
     # ------------------------------------------------------------------ looking, waiting, ending
 
     def borrow(self, run: str, save_id: str) -> dict[int, mmap.mmap]:
-        """Rank -> the image of its shard file, read-only, of those that are still in the agent's memory.
+        """Rank -> the image of its shard file, read-only, of those that dead trainers left in the agent's memory.
 
         A later save may write over them at any time: believe nothing that isn't verified after it was copied.
         """

@@ -262,7 +262,7 @@ class Connection:
         }, []
 
     def _op_borrow(self, request: Json) -> Answer:
-        """Lend the images of a save that are still in memory, to be read; a few at a time, by rank."""
+        """Lend the images of a save that dead trainers left in memory, to be read; a few at a time, by rank."""
         jobs = self._server.known_jobs(check_run_name(request["run"]))
         held = jobs.held(request["save_id"]) if jobs is not None else []
         wanted = [item for item in held if item[0] > request["after"]][:MAX_FDS]

@@ -200,6 +200,8 @@ class RunJobs:
             self._lost_slots.add(slot.index)
         error = SaveFailedError("its process was lost before every rank had sealed", rank=owner.rank)
         for generation in slot.generations:
+            if was_closed:
+                generation.holds = None  # in good order: the next job reads from the disk, and finds out if it is whole
             if generation.state is State.FILLING:
                 if generation.save_id is not None and generation.save_id not in self._jobs:
                     self._remember(generation.save_id, error)
@@ -245,12 +247,15 @@ class RunJobs:
     # ------------------------------------------------------------------ sealing
 
     def held(self, save_id: str) -> list[tuple[int, int, int]]:
-        """(rank, descriptor, bytes) of the images of this save that are still in memory; the descriptors are copies.
+        """(rank, descriptor, bytes) of this save's images that dead trainers left; the descriptors are copies.
 
         Whoever reads them verifies what was read: a new save may write over them at any time.
         """
         with self._condition:
-            found = [g for slot in self.slots.values() for g in slot.generations if g.holds and g.holds[0] == save_id]
+            orphans = [
+                generation for slot in self.slots.values() if slot.owner is None for generation in slot.generations
+            ]
+            found = [g for g in orphans if g.holds and g.holds[0] == save_id]
             return sorted((g.holds[1], os.dup(g.fd), g.capacity_bytes) for g in found if g.holds)
 
     def seal(self, who: Attachment, index: int, request: SealRequest) -> None:

@@ -64,7 +64,9 @@ class Metrics(Collector):
             "save_seconds", "Time of one stage of a save: reserve, plan, copy (slowest rank), write, commit, upload.",
             ["run", "stage"], buckets=STAGE_BUCKETS, **common,
         )  # fmt: skip
-        self._bytes = Counter("upload_bytes", "Bytes of uploaded saves: as loaded, and as stored.", ["run", "kind"], **common)  # fmt: skip
+        self._bytes = Counter(
+            "upload_bytes", "Bytes of uploaded saves: as loaded, and as stored.", ["run", "kind"], **common
+        )
         self._retries = Counter("retries", "Requests that were tried again.", ["op", "reason"], **common)
         self._failures = Counter("failures", "Saves that failed, by level and error.", ["run", "op", "error"], **common)
         self._verify = Counter("verify_failures", "Copies that did not hold what they should.", ["run"], **common)

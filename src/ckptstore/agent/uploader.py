@@ -340,6 +340,7 @@ class Uploader:
         try:
             if upload.pushed_at is None:
                 self._claim_timeline(remote, save)
+                self._learn_timelines(remote)
                 root = self._push(remote, upload)
             else:
                 root = remote.try_commit(save.save_id, upload.shards or ())
@@ -433,6 +434,16 @@ class Uploader:
         )
         if not self._uploads:
             _trim_memory()
+
+    def _learn_timelines(self, remote: RemoteTier) -> None:
+        """Note claims of other machines in the local tier, where this node's trainers look. Best effort."""
+        try:
+            known = self._tier.timelines(self.run)
+            for number in remote.timelines():
+                if number > max(known, default=0) and (record := remote.timeline_record(number)) is not None:
+                    self._tier.claim_timeline(self.run, number, record)
+        except CkptError as error:
+            log.warning("can't look for newer jobs of %s on %s: %s", self.run, self.name, error)
 
     def _claim_timeline(self, remote: RemoteTier, save: LocalSave) -> None:
         """Let other machines know that this timeline is taken. Best effort: saves never collide, whoever has it."""

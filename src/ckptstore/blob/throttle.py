@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,10 @@ class ThrottledBlobStore(BlobStore):
     def abort_uploads(self, prefix: str, older_than: datetime) -> int:
         with self._throttle.request():
             return self.inner.abort_uploads(prefix, older_than)
+
+    def deletion_rules(self) -> builtins.list[str]:
+        with self._throttle.request():
+            return self.inner.deletion_rules()
 
     def close(self) -> None:
         self.inner.close()

@@ -45,8 +45,9 @@ VERBS = {
 EXIT_CODES = """\b
 Exit codes:
   0 ok   1 unexpected   2 usage or configuration   3 finished with findings
-  10 no store   12 credentials   13 no such checkpoint   14 exists   15 no space
-  20 damage   21 incomplete   22 format   75 temporary, try again   130 interrupted"""
+  10 no store   11 locked   12 credentials   13 no such checkpoint   14 exists
+  15 no space   20 damage   21 incomplete   22 format   23 state mismatch
+  30 save failed   75 temporary, try again   130, 138, 143 signals"""
 
 
 class VerbGroup(click.Group):

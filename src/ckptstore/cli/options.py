@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -40,6 +41,8 @@ class Settings:
 
     @staticmethod
     def _source(name: str) -> str | None:
+        if not os.environ.get("CKPTSTORE_FILE") and not os.path.exists("ckptstore.toml"):
+            return os.environ.get(f"CKPTSTORE_{name.upper()}")  # what the reader below would say, without loading it
         from ckptstore.ops.settings import Settings as Sources
 
         return Sources.read().get(name)

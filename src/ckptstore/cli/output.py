@@ -55,6 +55,15 @@ def human_seconds(seconds: float) -> str:
 
 def print_table(headers: list[str], rows: list[list[str]], *, right: frozenset[str] = frozenset()) -> None:
     """Columns padded to fit, two spaces between; bold headers on a terminal."""
+    bold = sys.stdout.isatty() and not _no_color()
+    head, *lines = table(headers, rows, right=right)
+    print(f"\x1b[1m{head}\x1b[0m" if bold else head)
+    for text in lines:
+        print(text)
+
+
+def table(headers: list[str], rows: list[list[str]], *, right: frozenset[str] = frozenset()) -> list[str]:
+    """The lines of a table: headers first, columns padded to fit, two spaces between."""
     cells = [[plain(cell) for cell in row] for row in rows]
     widths = [max([len(h), *(len(row[i]) for row in cells)]) for i, h in enumerate(headers)]
 
@@ -62,10 +71,7 @@ def print_table(headers: list[str], rows: list[list[str]], *, right: frozenset[s
         padded = [c.rjust(w) if h in right else c.ljust(w) for c, w, h in zip(row, widths, headers, strict=True)]
         return "  ".join(padded).rstrip()
 
-    bold = sys.stdout.isatty() and not _no_color()
-    print(f"\x1b[1m{line(headers)}\x1b[0m" if bold else line(headers))
-    for row in cells:
-        print(line(row))
+    return [line(headers), *(line(row) for row in cells)]
 
 
 def _no_color() -> bool:

@@ -85,7 +85,7 @@ def create_app(
         exception_handlers=handlers,  # type: ignore[arg-type]
         middleware=[Middleware(GZipMiddleware, minimum_size=4096, compresslevel=4)],
     )
-    return Guard(app, hosts=hosts, token=token, prefix=prefix)  # type: ignore[arg-type]
+    return Guard(app, hosts=hosts, token=token, prefix=prefix)
 
 
 def environment() -> jinja2.Environment:
@@ -163,6 +163,7 @@ class _Pages:
         view = self._view(request)
         record = detail.find(view, request.path_params["save_id"])
         info = record.info()
+        self._source.notes_of(view.run, info.save_id)
         context = {
             "view": view,
             "info": info,
@@ -220,8 +221,7 @@ class _Pages:
     def detail(self, request: Request) -> Response:
         view = self._view(request)
         record = detail.find(view, request.path_params["save_id"])
-        notes = view.notes.get(record.save_id) or {}
-        bars = detail.waterfall(notes)
+        bars = detail.waterfall(self._source.notes_of(view.run, record.save_id))
         body: dict[str, Any] = {
             "bars": [[bar.row, bar.stage, bar.start_s, bar.length_s] for bar in bars],
             "treemap": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from ckptstore.dashboard.source import RunView
@@ -97,7 +98,7 @@ def _starts(infos: Sequence[CheckpointInfo]) -> list[dict[str, Any]]:
 def _rates(infos: Sequence[CheckpointInfo]) -> list[float | None]:
     """Steps per second since the job's previous save."""
     rates: list[float | None] = [None] if infos else []
-    for before, info in zip(infos, infos[1:], strict=False):
+    for before, info in pairwise(infos):
         seconds = (info.created_at - before.created_at).total_seconds()
         same = before.save_id.partition("-")[0] == info.save_id.partition("-")[0] and before.timeline == info.timeline
         rates.append((info.step - before.step) / seconds if same and seconds > 0 else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptstore.dashboard.source import RunView
@@ -15,6 +15,8 @@ from ckptstore.repo.record import Record
 
 #: A tensor takes part in the treemap if it is among the largest so many; the others are one box.
 MAX_BOXES = 1500
+#: A name is cut into at most so many folders.
+MAX_FOLDERS = 32
 #: Steps of a rank's save, in the order they happen.
 RANK_STAGES = ("reserve", "plan", "copy")
 NODE_STAGES = ("write", "commit")
@@ -141,41 +143,57 @@ def _word(row: list[int]) -> str:
     return kinds[0] if len(kinds) == 1 else "mixed" if kinds else "unchanged"
 
 
+@dataclass
+class _Box:
+    """A part of a dotted name; a tensor has no children."""
+
+    label: str
+    size_bytes: int = 0
+    kind: str = ""
+    children: dict[str, _Box] = field(default_factory=dict)
+
+
 def treemap(found: list[Tensor]) -> dict[str, list[Any]]:
-    """Boxes for a treemap over the dotted names: parents before children, the smallest tensors as one box."""
-    boxes: dict[str, list[Any]] = {"id": [""], "parent": [""], "label": ["all"], "value": [0], "kind": [""]}
-    known = {""}
+    """Boxes for a treemap over the dotted names: parents before children, the smallest tensors as one box.
+
+    A folder with one thing in it is that thing; a folder is of a kind if all in it is.
+    """
+    root = _Box("all")
+    for tensor in found[:MAX_BOXES]:
+        parent = root
+        *folders, last = tensor.name.split(".", MAX_FOLDERS)
+        for folder in folders:
+            # A folder's key can't be a tensor's, which may have the same name.
+            parent = parent.children.setdefault(f"+{folder}", _Box(folder))
+        parent.children[f"={last}"] = _Box(last, tensor.size_bytes, tensor.sent or "stored")
     rest = found[MAX_BOXES:]
-    shown = [(tensor.name, tensor.size_bytes, tensor.sent or "stored") for tensor in found[:MAX_BOXES]]
     if rest:
-        shown.append((f"{len(rest)} smaller tensors", sum(t.size_bytes for t in rest), "stored"))
-
-    def add(box: str, parent: str, label: str, value: int, kind: str) -> None:
-        for key, item in zip(
-            ("id", "parent", "label", "value", "kind"), (box, parent, label, value, kind), strict=True
-        ):
-            boxes[key].append(item)
-
-    for name, size, kind in shown:
-        parent = ""
-        parts = name.split(".")
-        for part in parts[:-1]:
-            box = f"{parent}.{part}" if parent else f"+{part}"
-            if box not in known:
-                known.add(box)
-                add(box, parent, part, 0, "")
-            parent = box
-        # A leaf's id can't be a folder's: "+" begins those.
-        add(f"={name}", parent, parts[-1], size, kind)
-    totals: dict[str, int] = {}
-    for box, parent, value in zip(
-        reversed(boxes["id"]), reversed(boxes["parent"]), reversed(boxes["value"]), strict=True
-    ):
-        totals[box] = totals.get(box, 0) + value
-        if box:
-            totals[parent] = totals.get(parent, 0) + totals[box]
-    boxes["value"] = [totals[box] for box in boxes["id"]]
+        root.children["rest"] = _Box(f"{len(rest)} smaller tensors", sum(t.size_bytes for t in rest), "stored")
+    for key, child in root.children.items():
+        root.children[key] = _gathered(child)
+    root.size_bytes = sum(child.size_bytes for child in root.children.values())
+    boxes: dict[str, list[Any]] = {"id": [], "parent": [], "label": [], "value": [], "kind": []}
+    stack = [("0", "", root)]
+    while stack:
+        name, parent_name, box = stack.pop()
+        row = (name, parent_name, box.label, box.size_bytes, box.kind)
+        for column, value in zip(boxes.values(), row, strict=True):
+            column.append(value)
+        stack += [(f"{name}.{i}", name, child) for i, child in enumerate(box.children.values())]
     return boxes
+
+
+def _gathered(box: _Box) -> _Box:
+    """Sizes and kinds added up, lonely folders joined with what is in them."""
+    if not box.children:
+        return box
+    children = {key: _gathered(child) for key, child in box.children.items()}
+    if len(children) == 1:
+        (child,) = children.values()
+        return replace(child, label=f"{box.label}.{child.label}")
+    kinds = {child.kind for child in children.values()}
+    size = sum(child.size_bytes for child in children.values())
+    return _Box(box.label, size, kinds.pop() if len(kinds) == 1 else "", children)
 
 
 def find(view: RunView, save_id: str) -> Record:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any, Literal
 
 from ckptstore.dashboard.agents import Uploading
@@ -164,7 +165,7 @@ def usual_interval(line: Sequence[CheckpointInfo]) -> float | None:
     recent = line[-20:]
     gaps = [
         (b.created_at - a.created_at).total_seconds()
-        for a, b in zip(recent, recent[1:], strict=False)
+        for a, b in pairwise(recent)
         if a.job == b.job and b.created_at > a.created_at
     ]
     return statistics.median(gaps) if len(gaps) >= 2 else None
@@ -346,7 +347,7 @@ class _Alarms:
             if since > max(60.0, OVERDUE_INTERVALS * self._interval_s) and not said.get("saves"):
                 self._add(
                     "warning",
-                    f"no checkpoint for {human_seconds(since)}; usually one comes every {human_seconds(self._interval_s)}",
+                    f"no checkpoint for {human_seconds(since)}, usually one every {human_seconds(self._interval_s)}",
                     "training may hang, or saves are skipped",
                     f"{self._ctl} status",
                 )

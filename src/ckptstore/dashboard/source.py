@@ -6,6 +6,8 @@ local tier is waited for.
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -23,6 +25,8 @@ from ckptstore.repo import timings
 from ckptstore.repo.catalog import Catalog, Record
 from ckptstore.repo.remote import runs as remote_runs
 from ckptstore.types import CheckpointInfo
+
+log = logging.getLogger("ckptstore.dashboard")
 
 T = TypeVar("T")
 
@@ -201,6 +205,14 @@ class Source:
         self._read_notes(run)
         return view
 
+    def notes_of(self, run: str, save_id: str) -> dict[str, Any]:
+        """Where the time of one save went, as noted by now."""
+        if self.local is None:
+            return {}
+        found = timings.read(self.local, run, save_id)
+        self._notes.setdefault(run, {})[save_id] = found
+        return found
+
     def looks(self, run: str) -> list[RemoteLook]:
         """How fresh each remote's part of the view is."""
         now = self.clock.monotonic()
@@ -240,8 +252,12 @@ class Source:
             if self.clock.monotonic() > self._watched_until:
                 self._watched.clear()
                 continue
-            with suppress(CkptError):  # pages say so when they look themselves
+            try:
                 step()
+            except CkptError as error:
+                log.debug("looking: %s", error)  # pages say so when they look themselves
+            except Exception:
+                log.exception("looking at %s", self.place)
             if kick is None:
                 self._stopping.wait(every)
             elif kick.wait(every):
@@ -286,7 +302,7 @@ class Source:
         return local, tuple(remote.revision for remote in self._tiers(run))
 
     def _is_stale(self, run: str) -> bool:
-        seen, since = self._prints[run]
+        seen, since = self._prints.get(run, (None, -math.inf))
         return seen != self._print(run) or self.clock.monotonic() - since > RESCAN_SECONDS
 
     def _update(self, run: str) -> RunView:

@@ -16,7 +16,7 @@ class TierBytes:
 
     Attributes:
         plain_bytes: of the checkpoints as they are loaded.
-        stored_bytes: what a remote was sent for them, as far as known; None for the local tier, which stores them plain.
+        stored_bytes: what a remote was sent for them, as far as known; None for the local tier.
         known: checkpoints for which that is known.
     """
 

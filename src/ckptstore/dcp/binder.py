@@ -16,6 +16,7 @@ import xxhash
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ckptstore.dcp import composites
 from ckptstore.dcp.boxes import Box, Shape, box_of, dtype_name
 from ckptstore.dcp.walk import Fragments, Kind, Walk
 from ckptstore.errors import StateError
@@ -134,6 +135,7 @@ class Binder:
         self._indexes: list[int] | None = None
         self._fingerprint = b""
         self._fragments: Fragments = {}
+        self._all_plain = False
 
     def bind(self, state: Mapping[str, Any]) -> Binding:
         """What ``state`` holds now. Local; runs no hook and no step and changes nothing.
@@ -143,9 +145,11 @@ class Binder:
         """
         if not isinstance(state, Mapping):
             raise StateError(f"the state must be a mapping of names to objects, not {type(state).__name__}", key="")
-        walk = Walk(self.rank, state, self._fragments)
-        encoded, own = walk.encode(), walk.encode_own()
-        locals_, same = self._describe(walk)
+        try:
+            walk, encoded, own, locals_, same = self._walk(state, all_plain=self._all_plain)
+        except _NotPlainError:
+            walk, encoded, own, locals_, same = self._walk(state, all_plain=False)
+        self._all_plain = not walk.has_composites
         same = self._find_ties(locals_, same)
         if not same:
             self._fingerprint = _fingerprint(self._kept, self._aliases)
@@ -162,7 +166,15 @@ class Binder:
             slow_path=walk.slow_path,
         )
 
-    def _describe(self, walk: Walk) -> tuple[list[torch.Tensor], bool]:
+    def _walk(
+        self, state: Mapping[str, Any], *, all_plain: bool
+    ) -> tuple[Walk, Json, Json | None, list[torch.Tensor], bool]:
+        """One pass. Where nothing was composite last time, only tensors that changed are looked at again."""
+        walk = Walk(self.rank, state, self._fragments, all_plain=all_plain)
+        encoded, own = walk.encode(), walk.encode_own()
+        return walk, encoded, own, *self._describe(walk, all_plain=all_plain)
+
+    def _describe(self, walk: Walk, *, all_plain: bool) -> tuple[list[torch.Tensor], bool]:
         """The local tensors, and whether every one looks as it did at the last save."""
         described, names, kinds = self._described, walk.names, walk.kinds
         fresh: list[BoundTensor] = []
@@ -177,6 +189,8 @@ class Binder:
                     locals_.append(local)
                     continue
             same = False
+            if all_plain and composites.is_composite(tensor):
+                raise _NotPlainError
             box = box_of(names[i], tensor)
             fresh.append(BoundTensor(names[i], tensor, kinds[i], box))
             locals_.append(box.local)
@@ -197,6 +211,10 @@ class Binder:
         self._indexes = [i for i in range(len(described)) if i not in tied] if tied else None
         self._kept = tuple(described[i] for i in self._indexes) if self._indexes is not None else described
         return False
+
+
+class _NotPlainError(Exception):
+    """A tensor that has to be taken apart, where all were plain last time."""
 
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})

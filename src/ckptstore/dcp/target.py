@@ -107,7 +107,9 @@ class Matcher:
             check()
 
     def _allocate_hidden(self, key: Any, name: str) -> object:
-        return self._allocate(str(key), name) if self.wants(str(key), name) else Stub(name)
+        # The object they are in may be what was asked for.
+        wanted = self.wants(str(key), name) or any(fnmatchcase(name, f"{glob}.*") for glob in self._only)
+        return self._allocate(str(key), name) if wanted else Stub(name)
 
     def wants(self, *names: str) -> bool:
         """Whether ``only`` lets one of these through."""

@@ -42,13 +42,19 @@ class Walk:
         names, tensors, kinds: what was found, in order; tied names appear once each.
         fragment_ids: ids of the encoded nodes that hold nothing but names of tensors.
         slow_path: why some module had to be asked for its state dict.
+        has_composites: some tensor was taken apart.
+
+    Args:
+        all_plain: none has to be, as far as the caller knows; who turns out to be wrong walks again.
     """
 
-    def __init__(self, rank: int, state: Mapping[str, Any], fragments: Fragments) -> None:
+    def __init__(self, rank: int, state: Mapping[str, Any], fragments: Fragments, *, all_plain: bool = False) -> None:
         self.names: list[str] = []
         self.tensors: list[torch.Tensor] = []
         self.kinds: list[Kind] = []
         self.slow_path: str | None = None
+        self.has_composites = False
+        self._all_plain = all_plain
         self._rank = rank
         self._state = state
         self._fragments = fragments
@@ -126,6 +132,9 @@ class Walk:
             return value  # its own codec knows more than we do
         return self._refer(".".join(map(str, path[:-1])), path[:-1], path[-1:], value, "plain")
 
+    def _is_composite(self, tensor: torch.Tensor) -> bool:
+        return not self._all_plain and composites.is_composite(tensor)
+
     def _array(self, path: Path, value: np.ndarray[Any, Any]) -> object:
         """Large arrays are chunked, compared and compressed as tensors are; small ones stay in the tree."""
         if value.nbytes <= _LARGE_ARRAY_BYTES or value.dtype.hasobject:
@@ -138,8 +147,9 @@ class Walk:
         self, prefix: str, path: Path, keys: Path, value: torch.Tensor, kind: Kind
     ) -> tree.TensorRef | tree.Composite:
         """Note a tensor, or the parts of one that is made of others."""
-        if not composites.is_composite(value):
+        if self._all_plain or not composites.is_composite(value):
             return tree.TensorRef(self._add(prefix, path, keys, value, kind))
+        self.has_composites = True
         apart = composites.take_apart(".".join(map(str, (*path, *keys))), value)
         parts = {name: self._refer(prefix, path, (*keys, name), part, kind) for name, part in apart.parts.items()}
         return tree.Composite(apart.kind, dict(parts), apart.facts)
@@ -161,7 +171,7 @@ class Walk:
         if len(value) < _FRAGMENT_MIN or type(value) is not dict or not path:
             return value
         for key, item in value.items():
-            if type(key) is not str or not isinstance(item, torch.Tensor) or composites.is_composite(item):
+            if type(key) is not str or not isinstance(item, torch.Tensor) or self._is_composite(item):
                 return value
         prefix = ".".join(map(str, path))
         names = [self._add(prefix, path, (key,), item, "plain") for key, item in value.items()]
@@ -177,11 +187,12 @@ class Walk:
         keys: list[str] = []
         names: list[str] = []
         whole: dict[str, object] = {}
+        plain = self._all_plain
         for fqn, tensor, kind in entries.tensors:
             if trainable_only and kind == "param" and not tensor.requires_grad:
                 continue
             keys.append(fqn)
-            if composites.is_composite(tensor):
+            if not plain and composites.is_composite(tensor):
                 whole[fqn] = self._refer(prefix, path, (fqn,), tensor, kind)
                 names.append("")
             else:
@@ -227,8 +238,9 @@ class Walk:
         for entry in state.values():
             if type(entry) is not dict:
                 return state
-            if not all(isinstance(item, torch.Tensor) and not composites.is_composite(item) for item in entry.values()):
-                return state
+            for item in entry.values():
+                if not isinstance(item, torch.Tensor) or self._is_composite(item):
+                    return state
         prefix = ".".join(map(str, path))
         names = [
             self._add(prefix, path, (fqn, key), item, "optim")

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import psutil
 
+from ckptstore._version import __version__
 from ckptstore.blob.base import BlobStore
+from ckptstore.clock import SYSTEM_CLOCK
 from ckptstore.errors import CheckpointExistsError, CkptError
 from ckptstore.ops.open import Place
 
 LOW_SPACE_BYTES = 2 << 30
+SKEW_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,10 @@ def doctor(place: Place) -> list[Check]:
         checks += _local(place.local.root)
     for name, blob in place.blobs.items():
         checks += _remote(name, blob)
+    if place.local is not None:
+        checks.append(_agent(place.local.root))
     checks.append(_memory())
+    checks.append(Check("versions", "ok", f"ckptstore {__version__}, Python {platform.python_version()}"))
     return checks
 
 
@@ -82,6 +90,7 @@ def _local(root: Path) -> Iterator[Check]:
         return f"{free / 2**30:.1f} GiB free"
 
     yield _tried("local: commit", write, f"make {folder} writable for this user, on a file system that can fsync")
+    yield _direct(folder)
     yield _tried("local: space", space, "make room, or put the local tier on a larger disk")
     kind = _file_system(folder)
     if kind in ("tmpfs", "ramfs", "overlay"):
@@ -89,6 +98,70 @@ def _local(root: Path) -> Iterator[Check]:
         yield Check("local: file system", "warning", f"{kind} does not survive a power cut or a restart", fix)
     else:
         yield Check("local: file system", "ok", kind)
+
+
+def _direct(folder: Path) -> Check:
+    """Whether the file system takes O_DIRECT; writing works without, through the page cache."""
+    path = folder / f".ckptstore-doctor-{secrets.token_hex(6)}"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_DIRECT", 0), 0o600)
+        os.close(fd)
+    except OSError as error:
+        return Check("local: O_DIRECT", "ok", f"not here ({error.strerror}); files go through the page cache")
+    finally:
+        path.unlink(missing_ok=True)
+    return Check("local: O_DIRECT", "ok", "supported")
+
+
+def _agent(root: Path) -> Check:
+    from ckptstore.agent.client import AgentClient
+
+    try:
+        client = AgentClient.observe(root)
+        if client is None:
+            return Check("agent", "ok", "none is running; the first save starts one")
+        try:
+            said = client.status()
+        finally:
+            client.close()
+    except CkptError as error:
+        return Check("agent", "warning", f"it does not answer: {error.message}", "`ckptctl agent logs` may say why")
+    if said["version"] != __version__:
+        detail = f"pid {said['pid']} is version {said['version']}, this is {__version__}"
+        return Check("agent", "warning", detail, "let it go with `ckptctl agent stop`; the next save starts a new one")
+    return Check("agent", "ok", f"pid {said['pid']}, version {said['version']}")
+
+
+def _transport(name: str, blob: BlobStore) -> Check:
+    """How the bytes travel, as far as the URL tells."""
+    host = urlsplit(dict(parse_qsl(urlsplit(blob.url).query)).get("endpoint", "")).hostname or ""
+    if "endpoint=http:" in blob.url.replace("%3A", ":") and host not in ("localhost", "127.0.0.1", "::1"):
+        fix = "use an https endpoint; certificates are verified"
+        return Check(f"{name}: TLS", "warning", f"{host} is spoken to in clear text", fix)
+    return Check(f"{name}: TLS", "ok", "encrypted, or not leaving this machine")
+
+
+def _skew(name: str, blob: BlobStore, key: str) -> Check:
+    info = blob.head(key)
+    if info is None or info.modified is None:
+        return Check(f"{name}: clock", "warning", "the server does not tell times", "gc can't work on this server")
+    seconds = (info.modified - SYSTEM_CLOCK.now()).total_seconds()
+    if abs(seconds) > SKEW_SECONDS:
+        ahead = "behind" if seconds > 0 else "ahead of"
+        detail = f"this clock is {abs(seconds):.0f} s {ahead} the server's"
+        return Check(f"{name}: clock", "warning", detail, "set it (NTP); requests are refused from 900 s on")
+    return Check(f"{name}: clock", "ok", f"within {SKEW_SECONDS:.0f} s of the server's")
+
+
+def _rules(name: str, blob: BlobStore) -> Check:
+    try:
+        found = blob.deletion_rules()
+    except CkptError as error:
+        return Check(f"{name}: lifecycle", "ok", f"rules can't be read: {error.message}")
+    if found:
+        fix = "exclude this prefix: checkpoints refer to old packs, and only `ckptctl gc` knows which"
+        return Check(f"{name}: lifecycle", "problem", "; ".join(found), fix)
+    return Check(f"{name}: lifecycle", "ok", "no rule deletes or freezes objects here by age")
 
 
 def _remote(name: str, blob: BlobStore) -> Iterator[Check]:
@@ -130,6 +203,9 @@ def _remote(name: str, blob: BlobStore) -> Iterator[Check]:
     if first.state != "ok":
         return
     yield Check(f"{name}: latency", "ok", f"one small put took {(time.perf_counter() - began) * 1e3:.0f} ms")
+    yield _skew(name, blob, key)
+    yield _transport(name, blob)
+    yield _rules(name, blob)
     yield _tried(f"{name}: read", read, "grant the right to get objects")
     yield _tried(f"{name}: conditional create", conditional, "use a bucket whose server honours If-None-Match")
     yield _tried(f"{name}: list", listing, "grant the right to list the bucket")

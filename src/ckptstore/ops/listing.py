@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,24 @@ def list_checkpoints(place: Place, run: str | None, *, include_superseded: bool 
         catalog = place.tiers(name).catalog()
         infos += [record.info() for record in (catalog.records if include_superseded else catalog.line())]
     return infos
+
+
+def why_superseded(place: Place, infos: Sequence[CheckpointInfo]) -> dict[str, str]:
+    """save_id -> why this checkpoint is not of the current line, for those that are not."""
+    reasons: dict[str, str] = {}
+    for run in {info.run for info in infos if info.superseded}:
+        records = place.tiers(run).catalog().records
+        line = [record.summary for record in records if not record.superseded]
+        for old in (record.summary for record in records if record.superseded):
+            newer = [summary for summary in line if summary.timeline > old.timeline]
+            if not newer:
+                reasons[old.save_id] = f"timeline {old.timeline} is not the current one"
+                continue
+            first = min(newer, key=lambda summary: (summary.timeline, summary.step))
+            parent = first.parent
+            went_on = "started over" if parent is None else f"went on from step {parent.step}"
+            reasons[old.save_id] = f"timeline {first.timeline} {went_on}"
+    return reasons
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,33 @@ class Status:
     waiting_uploads: int
     waiting_bytes: int
     agent: dict[str, Any] | None = field(default=None)
+    ranks: tuple[Rank, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank slot of this node, as the agent sees it."""
+
+    slot: int
+    is_attached: bool
+    staging: tuple[int, ...]
+    """Steps that are in memory and not on disk yet."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"slot": self.slot, "is_attached": self.is_attached, "staging": list(self.staging)}
 
 
 def status(tiers: RunTiers, clock: Clock = SYSTEM_CLOCK) -> Status:
     """Look at the tiers and at the agent, if one runs for this local tier."""
+    agent = _agent(tiers)
     infos = [record.info() for record in tiers.catalog().line()]
-    newest = max((info.step for info in infos), default=None)
+    said = (agent or {}).get("runs", {}).get(tiers.run, {})
+    staged = [save for save in said.get("saves", []) if not save["ranks_missing"]]
+    steps = [info.step for info in infos] + [save["step"] for save in staged]
+    newest = max(steps, default=None)
     safety = []
+    if agent is not None:
+        safety.append(_staged(staged, infos, clock))
     if tiers.local is not None:
         local = [info for info in infos if info.tiers.get("local") == "complete"]
         safety.append(_safety("power cut (local)", local, newest, clock))
@@ -61,7 +81,23 @@ def status(tiers: RunTiers, clock: Clock = SYSTEM_CLOCK) -> Status:
         behind = {info.save_id for info in held}
         waiting |= {info.save_id for info in infos if info.save_id not in behind}
     waiting_bytes = sum(info.size_bytes for info in infos if info.save_id in waiting)
-    return Status(tiers.run, safety, len(waiting), waiting_bytes, _agent(tiers))
+    return Status(tiers.run, safety, len(waiting), waiting_bytes, agent, _ranks(said))
+
+
+def _staged(staged: list[dict[str, Any]], infos: list[CheckpointInfo], clock: Clock) -> Safety:
+    """What an agent holds in memory outlives the trainers."""
+    step = max((save["step"] for save in staged), default=None)
+    last = infos[-1] if infos else None
+    survives = "death of the trainers"
+    if step is not None and (last is None or step > last.step):
+        return Safety(survives, step, None, 0.0, 0)
+    return _safety(survives, infos, last.step if last is not None else None, clock)
+
+
+def _ranks(said: dict[str, Any]) -> tuple[Rank, ...]:
+    attached = set(said.get("ranks_attached", []))
+    staging = tuple(sorted(save["step"] for save in said.get("saves", [])))
+    return tuple(Rank(slot, True, staging) for slot in sorted(attached))
 
 
 def _safety(survives: str, infos: list[CheckpointInfo], newest: int | None, clock: Clock) -> Safety:

@@ -514,6 +514,15 @@ class RemoteTier:
         numbers = (names.parse_timeline_file(info.key.removeprefix(prefix)) for info in self.blob.list(prefix))
         return sorted(number for number in numbers if number is not None)
 
+    def timeline_record(self, number: int) -> bytes | None:
+        """What the claimer of this timeline wrote; None when it is proven unclaimed."""
+        try:
+            return self._get(f"timelines/{names.timeline_file(number)}", MAX_SUMMARY_BYTES)
+        except NoStoreError:
+            raise
+        except NotFoundError:
+            return None
+
     def pin(self, save_id: str) -> None:
         """Keep this save from retention; idempotent."""
         self._create_empty(f"{self._prefix}pins/{names.check_save_id(save_id)}")

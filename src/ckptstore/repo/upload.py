@@ -13,7 +13,6 @@ or created once, so a second attempt finds what the first one sent.
 from __future__ import annotations
 
 import os
-import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,22 +20,21 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckptstore import codec
 from ckptstore.config import StoreConfig
 from ckptstore.errors import (
     ConflictError,
     FormatError,
     IncompleteCheckpointError,
-    IntegrityError,
     NotFoundError,
     TransientError,
 )
-from ckptstore.format.manifest import RemoteShard, RootManifest, ShardManifest, digest, ref_of, strong_digest
+from ckptstore.format.manifest import FORMAT, RemoteShard, RootManifest, ShardManifest, ref_of, strong_digest
+from ckptstore.repo.chunk_encoder import ChunkEncoder, ChunkJob, EncodedChunk
 from ckptstore.repo.durable import READ_FLAGS, raise_for_errno
-from ckptstore.repo.known import Base, KnownChunks
+from ckptstore.repo.known import KnownChunks
 from ckptstore.repo.local import LocalTier
-from ckptstore.repo.masters import find_masters
-from ckptstore.repo.packs import Chunk, FrameTable, PlacedFrame, chunks_of, own_bytes
+from ckptstore.repo.pack_writer import PackWriter
+from ckptstore.repo.packs import FrameTable, PlacedFrame, own_bytes
 from ckptstore.repo.progress import Meter, ProgressCallback
 from ckptstore.repo.remote import RemoteTier
 
@@ -83,7 +81,7 @@ def push(
     """Send every shard of this local checkpoint that is here, and commit if that completes the save. Blocks.
 
     A save that is committed already is looked over, one HEAD per pack, and what is gone is sent again.
-    Memory: ``upload_concurrency + 1`` packs, and a few chunks per core.
+    Memory: ``upload_concurrency + 2`` packs, and a few chunks per core.
 
     Args:
         tier: The local tier, whose other checkpoints may serve as bases.
@@ -161,47 +159,6 @@ def _never() -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """A chunk that is not there yet.
-
-    Attributes:
-        base: the frame a delta rests on.
-        is_settled: it has not changed lately, and lies apart from chunks that do.
-    """
-
-    frame: bytes
-    codec: str
-    name: str
-    base: PlacedFrame | None = None
-    is_settled: bool = False
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One chunk to deal with, and the one it may be the rounding of."""
-
-    chunk: Chunk
-    master: Chunk | None = None
-
-
-class _Buffers(threading.local):
-    """Memory that one thread uses again for every chunk: fresh memory costs as much as reading it."""
-
-    def __init__(self) -> None:
-        self._slots: dict[str, bytearray] = {}
-
-    def take(self, slot: str, size_bytes: int) -> memoryview:
-        """So many bytes with undefined content, valid until this slot is taken again."""
-        held = self._slots.get(slot)
-        if held is None or len(held) < size_bytes:
-            held = self._slots[slot] = bytearray(size_bytes)
-        return memoryview(held)[:size_bytes]
-
-
-_BUFFERS = _Buffers()
-
-
 class _Push:
     """One push: the pieces of the pipeline share its settings and its thread pools' lifetime is one shard."""
 
@@ -254,7 +211,7 @@ class _Push:
             self._replace.add(shard.rank)  # the commit pins ours, so what is there is damaged
         if earlier is None or earlier.shard != shard:
             return False
-        if not self._known.holds_all(earlier):
+        if earlier.stored_bytes != own_bytes(earlier) or earlier.format != FORMAT or not self._known.holds_all(earlier):
             self._replace.add(shard.rank)
             return False
         self.meter.add(plain=sum(piece.size_bytes for piece in shard.pieces))
@@ -265,7 +222,7 @@ class _Push:
 
     def send(self, shard: ShardManifest) -> None:
         """Send one shard's chunks and then its remote manifest."""
-        with _open_shard(self._path / shard.file, shard) as fd, _Packs(self, shard) as packs:
+        with _open_shard(self._path / shard.file, shard) as fd, self._pack_writer(shard) as packs:
             frames, chunks = self._frames(shard, fd, packs)
             keys = packs.finish()
         table = FrameTable()
@@ -306,7 +263,7 @@ class _Push:
                 self.send(shard)
         raise TransientError(f"gc on {self.remote.name} condemns what save {save_id} refers to again and again")
 
-    def _frames(self, shard: ShardManifest, fd: int, packs: _Packs) -> tuple[list[PlacedFrame], list[list[int]]]:
+    def _frames(self, shard: ShardManifest, fd: int, packs: PackWriter) -> tuple[list[PlacedFrame], list[list[int]]]:
         """All distinct frames of the shard, and for each piece's chunks the number of its frame.
 
         The pack of a new frame is its number as text until the pack is closed and has a name.
@@ -316,13 +273,13 @@ class _Push:
         rows: list[list[int]] = [[] for _ in shard.pieces]
         with closing(self._encoded(shard, fd)) as encoded:
             for job, result in encoded:
-                chunk, is_new = job.chunk, isinstance(result, _Encoded)
+                chunk, is_new = job.chunk, isinstance(result, EncodedChunk)
                 # Derived frames apart: equal bytes may be numbers of another dtype, which must not rest on these.
                 key = (result.name, result.codec == "derived")
                 number = numbers.get(key)
                 if number is None:
                     number = numbers[key] = len(frames)
-                    if isinstance(result, _Encoded):
+                    if isinstance(result, EncodedChunk):
                         if result.codec == "derived" and job.master is not None:
                             result = replace(result, base=frames[rows[job.master.piece][job.master.index]])
                         result = packs.add(result, chunk)
@@ -335,15 +292,29 @@ class _Push:
                 self.meter.add(plain=chunk.size_bytes)
         return frames, rows
 
-    def _encoded(self, shard: ShardManifest, fd: int) -> Generator[tuple[_Job, _Encoded | PlacedFrame], None, None]:
+    def _pack_writer(self, shard: ShardManifest) -> PackWriter:
+        return PackWriter(
+            self.remote,
+            shard,
+            self.config,
+            self.meter,
+            look_first=not self.is_first,
+            distrust=self.distrust,
+            avoid=self.avoid,
+        )
+
+    def _encoded(
+        self, shard: ShardManifest, fd: int
+    ) -> Generator[tuple[ChunkJob, EncodedChunk | PlacedFrame], None, None]:
         """Every chunk of the shard in sending order, referenced or encoded; a window of them is worked on at once."""
-        jobs = self._jobs(shard, fd)
-        window: deque[tuple[_Job, Future[_Encoded | PlacedFrame]]] = deque()
+        encoder = ChunkEncoder(shard, fd, self._known, compress=self.config.compress)
+        jobs = encoder.jobs()
+        window: deque[tuple[ChunkJob, Future[EncodedChunk | PlacedFrame]]] = deque()
         with ThreadPoolExecutor(_ENCODERS, "ckptstore-encode") as pool:
             try:
                 while True:
                     while len(window) <= 2 * _ENCODERS and (job := next(jobs, None)) is not None:
-                        window.append((job, pool.submit(self._one, shard, fd, job)))
+                        window.append((job, pool.submit(encoder.encode, job)))
                     if not window:
                         return
                     if self._cancelled():
@@ -353,167 +324,11 @@ class _Push:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _jobs(self, shard: ShardManifest, fd: int) -> Iterator[_Job]:
-        """The chunks in file order, but those that may be roundings right behind their masters."""
-        rows = chunks_of(shard)
-        masters = find_masters(shard, fd) if self.config.compress else {}
-        copies: defaultdict[int, list[int]] = defaultdict(list)
-        for copy, master in masters.items():
-            copies[master].append(copy)
-        for number, row in enumerate(rows):
-            if number not in masters:
-                for chunk in row:
-                    yield _Job(chunk)
-                    yield from (_Job(rows[copy][chunk.index], chunk) for copy in copies[number])
-
-    def _one(self, shard: ShardManifest, fd: int, job: _Job) -> _Encoded | PlacedFrame:
-        """Refer to this chunk, or read, check and encode it. Runs in the pool."""
-        chunk = job.chunk
-        piece = shard.pieces[chunk.piece]
-        dtype = shard.tensors[piece.fqn].dtype
-        there = self._known.find(chunk, dtype)
-        if there is not None:
-            return there
-        plain = self._read(shard, fd, chunk, "plain")
-        encoded, base, base_plain = self._encode(shard, fd, job, plain)
-        out = _BUFFERS.take("again", chunk.size_bytes)
-        if digest(codec.decode(encoded.frame, size_bytes=len(plain), base=base_plain, out=out)) != chunk.digest:
-            raise IntegrityError(f"{piece.fqn}: codec {encoded.codec} does not return what it was given", key=piece.fqn)
-        return _Encoded(
-            frame=encoded.frame,
-            codec=encoded.codec,
-            name=strong_digest(plain),
-            base=base.frame if base is not None else None,
-            is_settled=self._known.is_settled(chunk),
-        )
-
-    def _encode(
-        self, shard: ShardManifest, fd: int, job: _Job, plain: memoryview
-    ) -> tuple[codec.Encoded, Base | None, memoryview | None]:
-        """The chunk's frame; the base it rests on, if it is a delta; and the bytes that its decoder needs."""
-        piece = shard.pieces[job.chunk.piece]
-        dtype = shard.tensors[piece.fqn].dtype
-        row = piece.shape[-1] if piece.shape else 0
-        if not self.config.compress:
-            return codec.encode(plain, dtype=dtype, compress=False), None, None
-        if job.master is not None:
-            master = self._read(shard, fd, job.master, "base")
-            derived = codec.derive(plain, master)
-            if derived is not None:
-                return derived, None, master
-        base = self._known.base_for(shard, piece, job.chunk)
-        base_plain = _BUFFERS.take("base", job.chunk.size_bytes)
-        if base is not None and base.plain.read_into(base_plain):
-            encoded = codec.encode(plain, dtype=dtype, base=base_plain, row=row)
-            if encoded.codec != "delta":
-                return encoded, None, None
-            if len(encoded.frame) <= base.limit_bytes:
-                return encoded, base, base_plain
-        return codec.encode(plain, dtype=dtype, row=row), None, None
-
-    @staticmethod
-    def _read(shard: ShardManifest, fd: int, chunk: Chunk, slot: str) -> memoryview:
-        """The chunk's plain bytes as its digest says, in this thread's buffer, or IntegrityError."""
-        piece = shard.pieces[chunk.piece]
-        plain = _BUFFERS.take(slot, chunk.size_bytes)
-        try:
-            count = os.preadv(fd, [plain], chunk.offset)
-        except OSError as error:
-            raise_for_errno(error, f"can't read {shard.file} of step {shard.step}", rank=shard.rank, key=piece.fqn)
-        if count != chunk.size_bytes or digest(plain) != chunk.digest:
-            raise IntegrityError(
-                f"{piece.fqn} is damaged in the local file {shard.file} of rank {shard.rank}, step {shard.step}",
-                hint="it was not uploaded; `ckptctl verify --repair` takes it from another tier if one has it",
-                key=piece.fqn,
-                rank=shard.rank,
-                step=shard.step,
-                tier="local",
-            )
-        return plain
-
 
 def _named(frame: PlacedFrame, keys: list[str]) -> PlacedFrame:
     """The frame, and what it rests on, with the keys of packs that had only numbers while they were open."""
     base = _named(frame.base, keys) if frame.base is not None else None
     return replace(frame, pack=keys[int(frame.pack)] if frame.pack.isdecimal() else frame.pack, base=base)
-
-
-class _Packs:
-    """Fills packs and keeps a bounded number of them in flight; use as a context manager.
-
-    Two packs are open at a time: settled chunks lie apart, so that their packs stay worth keeping as a whole.
-    """
-
-    def __init__(self, job: _Push, shard: ShardManifest) -> None:
-        self._job = job
-        self._shard = shard
-        self._open: dict[bool, tuple[int, bytearray]] = {}
-        self._sent: list[Future[str] | None] = []
-        """By number of the pack; None while it is open."""
-        self._slots = threading.Semaphore(job.config.upload_concurrency)
-        self._pool = ThreadPoolExecutor(job.config.upload_concurrency, "ckptstore-upload")
-        self.size_bytes = 0
-
-    def __enter__(self) -> _Packs:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Wait for what is in flight: a request can't be called back, and a finished pack serves the next attempt."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def add(self, encoded: _Encoded, chunk: Chunk) -> PlacedFrame:
-        """Put one frame into an open pack; blocks while too many packs are in flight."""
-        kind = encoded.is_settled
-        if kind in self._open and len(self._open[kind][1]) + len(encoded.frame) > self._job.config.pack_bytes:
-            self._send(kind)
-        if kind not in self._open:
-            self._open[kind] = (len(self._sent), bytearray())
-            self._sent.append(None)
-        number, buffer = self._open[kind]
-        frame = PlacedFrame(
-            pack=str(number),
-            offset=len(buffer),
-            length=len(encoded.frame),
-            codec=encoded.codec,
-            size_bytes=chunk.size_bytes,
-            name=encoded.name,
-            base=encoded.base,
-        )
-        buffer += encoded.frame
-        return frame
-
-    def finish(self) -> list[str]:
-        """Send the rest and wait until every pack is confirmed; their keys, by number."""
-        for kind in list(self._open):
-            self._send(kind)
-        return [future.result() for future in self._sent if future is not None]
-
-    def _send(self, kind: bool) -> None:
-        self._slots.acquire()
-        for future in self._sent:
-            if future is not None and future.done():
-                future.result()  # stop at the first failure, not after the last chunk
-        number, data = self._open.pop(kind)
-        self.size_bytes += len(data)
-        self._job.meter.add(waiting=len(data))
-        self._sent[number] = self._pool.submit(self._put, data)
-
-    def _put(self, data: bytearray) -> str:
-        try:
-            job, shard = self._job, self._shard
-            key, sent = job.remote.put_pack(
-                shard.save_id,
-                shard.rank,
-                data,
-                look_first=not job.is_first,
-                distrust=job.distrust,
-                avoid=job.avoid,
-            )
-            job.remote.renew_intent(shard.save_id)
-            job.meter.add(sent=sent, waiting=-len(data))
-            return key
-        finally:
-            self._slots.release()
 
 
 @contextmanager

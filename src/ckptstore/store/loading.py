@@ -18,7 +18,6 @@ from ckptstore.errors import (
     IncompleteCheckpointError,
     IntegrityError,
     NoStoreError,
-    SaveFailedError,
     TransientError,
 )
 from ckptstore.format.manifest import ShardManifest, Summary
@@ -164,11 +163,13 @@ def _open_together(
         try:
             if tiers.local is not None:
                 record = replace(record, local=tiers.local.find(tiers.run, record.save_id))
-            told = _tell(tiers, agreement, nodes, record)
-            images = _borrow(tiers, record.save_id)
-            reader = CheckpointReader(record, tiers.local, tiers.remotes, told=told, images=images)
-        except SaveFailedError:
-            raise  # a peer was lost
+        except CkptError as failure:
+            error = failure
+        told = _tell(tiers, agreement, nodes, record)
+        try:
+            if error is None:
+                images = _borrow(tiers, record.save_id)
+                reader = CheckpointReader(record, tiers.local, tiers.remotes, told=told, images=images)
         except CkptError as failure:
             error = failure
         errors = agreement.gather(error, what="opening the checkpoint")

@@ -30,7 +30,7 @@ from ckptstore.store.eager import eager
 from ckptstore.store.handle import SaveHandle
 from ckptstore.store.loading import Tiers, choose, roll_forward
 from ckptstore.store.loading import load as load_save
-from ckptstore.store.timeline import TimelineKeeper
+from ckptstore.store.timeline import TimelineKeeper, newest_claim
 from ckptstore.types import CheckpointInfo, StepLike
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class CheckpointStore:
         self._closed = False
         self._fence = Fence()
         self._fence.is_wanted = self.config.overlap
-        self._timeline = TimelineKeeper(self._catalog_for_saving)
+        self._timeline = TimelineKeeper(self._catalog_for_saving, self._newest_claim)
 
     def __repr__(self) -> str:
         return (
@@ -501,6 +501,11 @@ class CheckpointStore:
                 committed=self._committed,
             )
         return self._session
+
+    def _newest_claim(self) -> tuple[int, str] | None:
+        """What this node knows of the newest job in the run; its agent brings claims of other machines here."""
+        local = self._open_tiers().local
+        return newest_claim(local, self.run) if local is not None else None
 
     def _catalog_for_saving(self) -> Catalog:
         """What a new timeline is to continue from. A bucket that refuses never keeps a save from the local disk."""

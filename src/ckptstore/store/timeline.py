@@ -6,8 +6,11 @@ import json
 from collections.abc import Callable
 from typing import Protocol
 
+from ckptstore.errors import FormatError, LockedError
 from ckptstore.format.manifest import Parent
 from ckptstore.repo.catalog import Catalog
+from ckptstore.repo.local import LocalTier
+from ckptstore.repo.timelines import Claim
 
 
 class TimelineClaimer(Protocol):
@@ -20,11 +23,19 @@ class TimelineKeeper:
     """The timeline of this process's saves; lives on rank 0.
 
     A timeline is claimed at the first save, and again when a save would not come after the last one: the same step
-    again, an earlier step, or a save after a load.
+    again, an earlier step, or a save after a load. Of two live jobs in one run the one that claimed last goes on; the
+    other finishes what it began and starts nothing new.
+
+    Args:
+        catalog: Reads the run when a timeline has to be claimed.
+        newest: The newest claim known on this node, its number and its job's nonce; None: there is none.
     """
 
-    def __init__(self, catalog: Callable[[], Catalog]) -> None:
+    def __init__(
+        self, catalog: Callable[[], Catalog], newest: Callable[[], tuple[int, str] | None] = lambda: None
+    ) -> None:
         self._catalog = catalog
+        self._newest = newest
         self._number: int | None = None
         self._parent: Parent | None = None
         self._saves: list[Parent] = []
@@ -40,7 +51,19 @@ class TimelineKeeper:
         self._number, self._resumed, self._fresh, self._saves = None, None, True, []
 
     def at(self, step: int, claimer: TimelineClaimer, *, job: str) -> tuple[int, Parent | None]:
-        """The timeline for a save of ``step``, claimed if it must be new, and the save it continues from."""
+        """The timeline for a save of ``step``, claimed if it must be new, and the save it continues from.
+
+        Raises:
+            LockedError: another job has claimed a newer timeline while this one was running.
+        """
+        if self._number is not None and (newest := self._newest()) is not None and newest[0] > self._number:
+            number, other = newest
+            if other != job:
+                raise LockedError(
+                    f"a newer job has taken over this run: timeline {number}, this one has {self._number}",
+                    hint="stop this job; or load a checkpoint, or use another run, to go on in a line of its own",
+                    step=step,
+                )
         if self._number is None or (self._saves and step <= self._saves[-1].step):
             catalog, resumed = self._catalog(), self._resumed
             self._parent = self._parent_for(step, catalog)
@@ -64,3 +87,15 @@ class TimelineKeeper:
         # Saves of our own that are still on their way are not in the catalogue yet.
         own = [save for save in self._saves if save.step < step]
         return own[-1] if own else catalog.parent_for(step)
+
+
+def newest_claim(tier: LocalTier, run: str) -> tuple[int, str] | None:
+    """The highest timeline claimed in this tier and its job's nonce ("" when a crash tore the claim); one listing."""
+    numbers = tier.timelines(run)
+    if not numbers:
+        return None
+    record = tier.timeline_record(run, numbers[-1])
+    try:
+        return numbers[-1], Claim.decode(record or b"", what=f"claim of timeline {numbers[-1]}").job
+    except FormatError:
+        return numbers[-1], ""

@@ -10,7 +10,7 @@ from chunks import KINDS, OPAQUE, WIDTHS, chunk, stepped, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptstore.codec import MAX_CHUNK_BYTES, decode, encode
+from ckptstore.codec import MAX_CHUNK_BYTES, decode, derive, encode, rounded
 from ckptstore.codec.base import BLOCK
 
 DTYPES = (*WIDTHS, *OPAQUE)
@@ -199,3 +199,17 @@ def test_bytes_come_back_when_the_sample_misses_what_differs(kind: str) -> None:
         numbers[at] = 0xFFC12345
     encoded = encode(numbers.tobytes(), dtype="float32")
     assert bytes(decode(encoded.frame, size_bytes=numbers.nbytes)) == numbers.tobytes()
+
+
+def test_derive_takes_only_what_rounds_to_the_bit() -> None:
+    master = np.random.default_rng(5).normal(size=70_000).astype("float32")
+    plain = rounded(master.tobytes())
+    encoded = derive(plain, master.tobytes())
+    assert encoded is not None
+    assert encoded.codec == "derived"
+    assert decode(encoded.frame, size_bytes=len(plain), base=master.tobytes()) == plain
+    odd = bytearray(plain)
+    odd[-1] ^= 1
+    assert derive(bytes(odd), master.tobytes()) is None
+    assert derive(plain[:-2], master.tobytes()) is None
+    assert derive(b"", b"") is None

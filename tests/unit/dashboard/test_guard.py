@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from dashboard_server import Served, add_save, served
 
 from ckptstore.dashboard.guard import is_loopback
 from ckptstore.dashboard.serve import serve
 from ckptstore.errors import ConfigError
 from ckptstore.ops.open import open_place
-from dashboard_server import Served, add_save, served
 
 TOKEN = "a-token-nobody-guesses"
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from dashboard_server import EVIL, JOB, Served, add_save, eventually, served, write_run
 
 from ckptstore.repo.local import LocalTier
-from dashboard_server import EVIL, JOB, Served, add_save, eventually, served, write_run
 
 PAGES = ("run/bert/", "run/bert/training", "run/bert/checkpoints", "run/bert/storage", f"run/bert/checkpoint/{JOB}-3/")
 
@@ -74,8 +74,14 @@ def test_the_checkpoint_page_tells_what_was_sent(both: Served) -> None:
     assert starts["upload"] == pytest.approx(0.81)
     assert body["kinds"]["unchanged"][:2] == [1, 128 * 64 * 4]
     assert body["kinds"]["delta"][:2] == [1, 64 * 64 * 4]
-    boxes = dict(zip(body["treemap"]["id"], body["treemap"]["value"], strict=True))
-    assert boxes[""] == boxes["+model"] == (128 + 64) * 64 * 4
+    size = 64 * 64 * 4
+    boxes = zip(body["treemap"]["label"], body["treemap"]["value"], body["treemap"]["kind"], strict=True)
+    assert sorted(boxes) == [
+        ("all", 3 * size, ""),
+        ("embed.weight", 2 * size, "unchanged"),
+        ("layer.weight", size, "delta"),
+        ("model", 3 * size, ""),
+    ]
 
 
 def test_the_checkpoint_page_works_when_nothing_was_sent(both: Served) -> None:
@@ -157,8 +163,8 @@ def test_pages_are_quick_when_there_are_many_checkpoints(tmp_path: Path) -> None
         add_save(tmp_path, step, metrics={"loss": 1 / step})
     with served(str(tmp_path)) as one:
         one.get("/")
-        begun = time.perf_counter()
+        begun = time.process_time()  # of this process, server included: other load does not count
         pages = [one.get(f"/run/bert/{page}") for page in ("", "checkpoints", "checkpoints?page=30&sort=metric:loss")]
-        assert time.perf_counter() - begun < 3 * 0.3
+        assert time.process_time() - begun < 3 * 0.3
         assert all(page.status == 200 for page in pages)
         assert len(pages[1].body) < 100_000, "one page of rows, not all"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ckptstore.clock import rfc3339
-from ckptstore.dashboard import curves, safety, table
-from ckptstore.dashboard.agents import Uploading
+from ckptstore.clock import ManualClock, rfc3339
+from ckptstore.dashboard import curves, detail, safety, table
+from ckptstore.dashboard.agents import AgentWatch, Uploading
 from ckptstore.dashboard.source import RemoteLook, RunView
 from ckptstore.errors import CredentialsError
 from ckptstore.format import tree
@@ -36,7 +36,8 @@ def view(*records: Record, remotes: tuple[str, ...] = (), **fields: Any) -> RunV
 
 def assess(seen: RunView, **changes: Any) -> safety.Safety:
     plain: dict[str, Any] = {
-        "now": NOW, "agent": None, "agent_run": None, "uploads": (), "looks": (), "disk": (10**9, 10**10), "store": "/d",
+        "now": NOW, "agent": None, "agent_run": None, "uploads": (), "looks": (), "disk": (10**9, 10**10),
+        "store": "/d",
     }  # fmt: skip
     return safety.assess(seen, **{**plain, **changes})
 
@@ -183,3 +184,41 @@ def test_the_table_finds_tags_and_marks() -> None:
     assert [row.info.step for row in table.make(seen, {"q": "RELEASE"}).rows] == [1]
     assert [row.info.step for row in table.make(seen, {"q": "pinned"}).rows] == [2]
     assert [row.info.step for row in table.make(seen, {"show": "all"}).rows] == [3, 2, 1]
+
+
+def queue(*rows: tuple[str, int, int]) -> dict[str, Any]:
+    said = [
+        {"save_id": i, "step": 1, "state": "uploading", "attempts": 1, "plain_done_bytes": d, "plain_total_bytes": t}
+        for i, d, t in rows
+    ]
+    remote = {"lag_seconds": 1.0, "is_refused": False, "error": None, "queue": said}
+    return {"runs": {"bert": {"remotes": {"s3": remote}}}}
+
+
+def test_the_time_left_follows_what_was_sent_lately() -> None:
+    clock = ManualClock()
+    watch = AgentWatch(None, clock)
+    for second in range(60):
+        watch.status = queue(("a", 100 * second, 10_000), ("b", 0, 0))
+        watch._measure(watch.status)
+        clock.sleep(1)
+    (found,) = watch.uploading("bert", {"b": 5000})
+    assert found.rate_bytes_per_s == pytest.approx(100)
+    assert found.remaining_bytes == 10_000 - 5900 + 5000
+    assert found.eta_s == pytest.approx(91)
+    for _ in range(120):
+        watch._measure(watch.status)
+        clock.sleep(1)
+    assert watch.uploading("bert", {})[0].eta_s is None, "nothing moves, so nothing is promised"
+
+
+def test_the_treemap_adds_up_and_stays_small() -> None:
+    found = [detail.Tensor(f"a.b.{i}.w", "float32", (i,), i, 9, "full") for i in range(3000, 0, -1)]
+    found += [detail.Tensor(name, "float32", (), 0) for name in ("", ".", "a", "a.b", "x" + ".y" * 3000)]
+    boxes = detail.treemap(found)
+    assert boxes["value"][0] == sum(range(3001))
+    assert len(set(boxes["id"])) == len(boxes["id"]) <= 2 * detail.MAX_BOXES
+    assert set(boxes["parent"][1:]) <= set(boxes["id"])
+    for name, value in zip(boxes["id"], boxes["value"], strict=True):
+        inside = [v for parent, v in zip(boxes["parent"], boxes["value"], strict=True) if parent == name]
+        assert not inside or sum(inside) == value

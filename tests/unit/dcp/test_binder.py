@@ -370,6 +370,24 @@ def test_a_lazy_parameter_is_refused_by_key() -> None:
         bind({"m": nn.LazyLinear(3)})
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tensor_that_becomes_composite_between_saves_is_taken_apart() -> None:
+    state: dict[str, Any] = {"m": net(), "deep": {"x": torch.ones(3)}}
+    state["m"].register_buffer("b", torch.ones(3))
+    state["many"] = {str(i): torch.ones(3) for i in range(10)}
+    binder = Binder()
+    plain = names(binder.bind(state))
+    state["deep"]["x"] = torch.eye(3).to_sparse()
+    state["m"].b = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    state["many"]["7"] = torch.eye(3).to_sparse_csr()
+    for _ in range(2):
+        found = names(binder.bind(state))
+        assert {"deep.x.indices", "deep.x.values", "m.b.bytes", "many.7.values"} <= found
+        assert not {"deep.x", "m.b", "many.7"} & found
+    state["deep"]["x"], state["m"].b, state["many"]["7"] = torch.ones(3), torch.ones(3), torch.ones(3)
+    assert names(binder.bind(state)) == names(binder.bind(state)) == plain
+
+
 @pytest.mark.parametrize("bad", [object(), lambda: 0, nn.Linear, open], ids=["object", "lambda", "class", "builtin"])
 def test_a_value_that_cannot_be_stored_is_refused_by_key(bad: Any) -> None:
     with pytest.raises(StateError, match=r"deep\.bad"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import hashlib
 import threading
@@ -218,6 +219,16 @@ class S3BlobStore(BlobStore):
             where["KeyMarker"] = answer["NextKeyMarker"]
             where["UploadIdMarker"] = answer.get("NextUploadIdMarker", "")
 
+    def deletion_rules(self) -> builtins.list[str]:
+        with self._request("read the lifecycle rules", "") as client:
+            try:
+                answer = client.get_bucket_lifecycle_configuration(Bucket=self._bucket)
+            except client.exceptions.ClientError as error:
+                if error.response.get("Error", {}).get("Code") == "NoSuchLifecycleConfiguration":
+                    return []
+                raise
+        return [told for rule in answer.get("Rules", ()) if (told := _deletes(rule, self._prefix)) is not None]
+
     def close(self) -> None:
         with self._lock:
             pool, self._pool = self._pool, None
@@ -402,3 +413,21 @@ def _at_rest(address: Address) -> dict[str, Any]:
             raise address.refuse("has kms_key without sse=aws:kms", hint="add sse=aws:kms, or take kms_key out")
         kept["SSEKMSKeyId"] = kms_key
     return kept
+
+
+#: Storage classes that have to be thawed before they can be read.
+_FROZEN = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+
+
+def _deletes(rule: Mapping[str, Any], prefix: str) -> str | None:
+    """What a lifecycle rule does to objects below ``prefix``, if it takes them away."""
+    where = rule.get("Filter", {})
+    start = where.get("Prefix") or where.get("And", {}).get("Prefix") or rule.get("Prefix") or ""
+    if rule.get("Status") != "Enabled" or not (start.startswith(prefix) or prefix.startswith(start)):
+        return None
+    name = f"rule {rule.get('ID') or start!r}"
+    if "Days" in rule.get("Expiration", {}) or "Date" in rule.get("Expiration", {}):
+        return f"{name} deletes objects by age"
+    if any(move.get("StorageClass") in _FROZEN for move in rule.get("Transitions", ())):
+        return f"{name} freezes objects by age"
+    return None

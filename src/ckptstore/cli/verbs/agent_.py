@@ -8,6 +8,7 @@ import click
 
 from ckptstore.cli.options import Settings, verb
 from ckptstore.cli.output import note, plain, print_json
+from ckptstore.cli.queues import queue_line
 from ckptstore.errors import ConfigError, NotFoundError
 from ckptstore.ops.open import is_url
 
@@ -47,7 +48,7 @@ def command(settings: Settings, action: str, timeout_s: float, lines: int | None
     Examples:
       ckptctl -s /data/ckpt agent logs -n 50
       ckptctl -s /data/ckpt agent stop --timeout 60
-      ckptctl -s /data/ckpt agent unit > ~/.config/systemd/user/ckptstore-agent.service
+      ckptctl -s /data/ckpt agent unit > ckptstore-agent.service
     """
     store = settings.store_or_environment
     if store is None or is_url(store):
@@ -101,5 +102,5 @@ def _running(settings: Settings, root: Path, action: str, timeout_s: float) -> i
         print(f"pid {status['pid']}, up {status['uptime_seconds']:.0f} s, {status['trainers']} trainers")
         for name, run in status["runs"].items():
             for remote, said in run["remotes"].items():
-                print(plain(f"run {name} -> {remote}: {len(said['queue'])} waiting, lag {said['lag_seconds']:.0f} s"))
+                print(queue_line(name, remote, said))
     return 75 if action == "stop" and is_stopped is False else None

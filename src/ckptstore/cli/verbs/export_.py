@@ -55,9 +55,9 @@ def command(
 
     \b
     Examples:
-      ckptctl -s /data/ckpt export best --format safetensors -o w.safetensors --only 'model.*' --strip-prefix model.
+      ckptctl -s /data export best --format safetensors -o w.st --only 'model.*'
       ckptctl -s s3://bucket/prefix export 1200 --format dcp -o /data/stock
-      ckptctl -s /data/ckpt export latest --format torch -o state.pt --dtype bfloat16
+      ckptctl -s /data export latest --format torch -o state.pt --dtype bfloat16
     """
     selection = Selection(tuple(only), strip_prefix, parse_renames(rename), dtype)
     with opened(settings, with_remote=True) as place:

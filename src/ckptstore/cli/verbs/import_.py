@@ -34,7 +34,7 @@ def command(settings: Settings, path: Path, step: int, under: str | None, trust_
 
     \b
     Examples:
-      ckptctl -s /data/ckpt --run base import model.safetensors --step 0 --under model
+      ckptctl -s /data --run base import m.safetensors --step 0 --under model
       ckptctl -s /data/ckpt --run old import /data/stock-dcp --step 12000
       ckptctl -s /data/ckpt --run old import state.pt --step 12000 --trust-pickle
     """

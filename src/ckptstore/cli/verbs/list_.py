@@ -6,8 +6,8 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import human_age, human_bytes, note, print_json, print_table
-from ckptstore.ops.listing import list_checkpoints
+from ckptstore.cli.output import human_age, human_bytes, note, plain, print_json, print_table
+from ckptstore.ops.listing import list_checkpoints, why_superseded
 from ckptstore.types import CheckpointInfo
 
 _MARKS = {"complete": "yes", "prepared": "part", "damaged": "DAMAGED", "absent": "-"}
@@ -23,12 +23,14 @@ def command(settings: Settings, everything: bool) -> None:
     Examples:
       ckptctl list /data/ckpt
       ckptctl list s3://bucket/prefix --run bert --json
+      ckptctl list /data/ckpt --all
     """
     with opened(settings) as place:
         run = place.choose_run(settings.run) if settings.run else None
         infos = list_checkpoints(place, run, include_superseded=everything)
+        reasons = why_superseded(place, infos) if everything else {}
     if settings.as_json:
-        print_json(checkpoints=[info.to_json() for info in infos])
+        print_json(checkpoints=[{**info.to_json(), "superseded_why": reasons.get(info.save_id)} for info in infos])
         return
     if not infos:
         note("no checkpoints yet")
@@ -46,6 +48,11 @@ def command(settings: Settings, everything: bool) -> None:
     ]
     rows = [([info.run] if several else []) + _row(info, tiers) for info in infos]
     print_table(headers, rows, right=frozenset({"STEP", "EPOCH", "SIZE"}))
+    for reason in dict.fromkeys(reasons.values()):
+        ours = [info for info in infos if reasons.get(info.save_id) == reason]
+        print(plain(f"superseded, because {reason}:"))
+        for info in ours:
+            print(plain(f"  step {info.step}, save {info.save_id}"))
 
 
 def _row(info: CheckpointInfo, tiers: list[str]) -> list[str]:

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import sys
+
+import click
+
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import human_bytes, human_seconds, plain, print_json, print_table
-from ckptstore.ops.status import Safety, status
+from ckptstore.cli.output import human_bytes, human_seconds, plain, print_json, table
+from ckptstore.cli.queues import queue_line
+from ckptstore.ops.cost import cost
+from ckptstore.ops.settings import Settings as Sources
+from ckptstore.ops.status import Safety, Status, status
 
 
 @verb()
+@click.option("--watch", "is_live", is_flag=True, help="Keep the screen up to date until Ctrl-C.")
+@click.option("--interval", "interval_s", default=2.0, show_default=True, type=click.FloatRange(min=0.2))
+@click.option("--cost", "with_cost", is_flag=True, help="Also bytes, objects and dollars; lists the whole run.")
 @store_argument
-def command(settings: Settings) -> None:
+def command(settings: Settings, is_live: bool, interval_s: float, with_cost: bool) -> None:
     """Say what would be lost if this process, machine or site died now.
+
+    Prices for --cost come from the table [prices] in ckptstore.toml; `ckptctl config show` lists them.
 
     \b
     Examples:
       ckptctl status /data/ckpt --remote s3://bucket/prefix
-      ckptctl -s /data/ckpt status --json
+      ckptctl status /data/ckpt --watch
+      ckptctl -s s3://bucket/prefix status --cost --json
     """
     with opened(settings, with_remote=True) as place:
-        found = status(place.tiers(place.choose_run(settings.run)))
+        tiers = place.tiers(place.choose_run(settings.run))
+        if is_live and not settings.as_json and sys.stdout.isatty():
+            from ckptstore.cli.watch import watch
+
+            watch(lambda: _lines(status(tiers)), interval_s=interval_s)
+        found = status(tiers)
+        prices = Sources.read().prices() if with_cost else {}
+        costs = [cost(remote, prices) for remote in tiers.remotes] if with_cost else []
     if settings.as_json:
         print_json(
             run=found.run,
@@ -27,13 +47,30 @@ def command(settings: Settings) -> None:
             waiting_uploads=found.waiting_uploads,
             waiting_bytes=found.waiting_bytes,
             agent=found.agent,
+            ranks=[rank.to_json() for rank in found.ranks],
+            **({"costs": [one.to_json() for one in costs], "prices": prices} if with_cost else {}),
         )
         return
-    print(f"run {plain(found.run)}")
-    print_table(["SURVIVES", "NEWEST STEP", "WOULD BE LOST"], [_row(row) for row in found.safety])
+    for line in _lines(found):
+        print(line)
+    for one in costs:
+        size, month = human_bytes(one.stored_bytes), one.stored_dollars_per_month
+        print(f"{one.remote}: {size} in {one.objects} objects, {month:.2f} $ a month")
+        print(f"  writing them cost {one.put_dollars:.2f} $; reading everything once costs {one.restore_dollars:.2f} $")
+
+
+def _lines(found: Status) -> list[str]:
+    lines = [f"run {plain(found.run)}"]
+    lines += table(["SURVIVES", "NEWEST STEP", "WOULD BE LOST"], [_row(row) for row in found.safety])
     if found.waiting_uploads:
-        print(f"uploads waiting: {found.waiting_uploads} checkpoints, {human_bytes(found.waiting_bytes)} of state")
-    print(f"agent: pid {found.agent['pid']}" if found.agent else "agent: not running")
+        size = human_bytes(found.waiting_bytes)
+        lines.append(f"uploads waiting: {found.waiting_uploads} checkpoints, {size} of state")
+    lines.append(f"agent: pid {found.agent['pid']}" if found.agent else "agent: not running")
+    said = (found.agent or {}).get("runs", {}).get(found.run, {})
+    for rank in found.ranks:
+        staging = ", ".join(f"step {step}" for step in rank.staging) or "nothing"
+        lines.append(f"rank slot {rank.slot}: attached, in memory only: {staging}")
+    return lines + [queue_line(found.run, remote, queue) for remote, queue in said.get("remotes", {}).items()]
 
 
 def _row(row: Safety) -> list[str]:

@@ -55,7 +55,7 @@ def command(
     Examples:
       ckptctl -s /data/ckpt verify
       ckptctl -s s3://bucket/prefix verify --all --sample 5%
-      ckptctl -s /data/ckpt --remote s3://bucket/prefix verify --all --read-data --repair
+      ckptctl -s /data --remote s3://bucket/prefix verify --read-data --repair
     """
     share, pieces = parse_share(sample), parse_part(part) or (0, 1)
     reasons: list[str] = []

@@ -176,7 +176,7 @@
     words.textContent = `${data.num_tensors} tensors. ` + (summary ? `On the remote: ${summary}.` : data.trouble ? `How they were sent can't be told: ${data.trouble}` : "Not on a remote, so nothing was sent yet.");
     const t = data.treemap;
     draw("treemap", [{
-      type: "treemap", ids: t.id, parents: t.parent, labels: t.label.map(safe), values: t.value, branchvalues: "total", sort: true, maxdepth: 5, tiling: { pad: 1 },
+      type: "treemap", ids: t.id, parents: t.parent, labels: t.label.map(safe), values: t.value, branchvalues: "total", sort: true, maxdepth: 6, tiling: { pad: 1 },
       text: t.value.map((v, i) => `${bytes(v)}${t.kind[i] && t.kind[i] !== "stored" ? `, ${t.kind[i]}` : ""}`), textinfo: "label+text", hoverinfo: "label+text",
       marker: { colors: t.kind.map((kind) => style(KINDS[kind] || "--bg")), line: { width: 1, color: style("--card") } }, textfont: { color: style("--text") }, root: { color: style("--bg") }, pathbar: { visible: true },
     }], { margin: { l: 0, r: 0, t: 4, b: 0 } });
