@@ -3,9 +3,9 @@
     python benchmarks/save.py [--mib 1536] [--rounds 5] [--threads 2] [--only large,small,ranks,training]
 
 Genuine AdamW training state (weights and both moments after real steps). In every round every contender saves once, in
-a shuffled order and between pauses, so that drift of the machine hits all alike; figures are medians, ratios are of
-medians. ``stall`` is how long the call holds the training thread; ``durable`` the time from the call until the bytes are
-fsynced (for stock DCP: until its own call or future is done, although a power cut still loses that result).
+a shuffled order, so that drift of the machine hits all alike; figures are medians, ratios are of medians. ``stall`` is
+how long the call holds the training thread; ``durable`` the time from the call until the bytes are fsynced (for stock
+DCP: until its own call or future is done, although a power cut still loses that result).
 """
 
 from __future__ import annotations

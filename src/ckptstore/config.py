@@ -77,7 +77,7 @@ class StoreConfig(BaseModel):
     """Longest wait for a node agent to start."""
 
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port on 127.0.0.1 where the node agent serves Prometheus metrics; 0: a free one, see its status; None: nowhere."""
+    """Port on 127.0.0.1 where the node agent serves Prometheus metrics; 0: a free one, see status; None: nowhere."""
 
     def __init__(self, **values: object) -> None:
         try:

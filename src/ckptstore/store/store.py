@@ -25,8 +25,8 @@ from ckptstore.errors import (
 from ckptstore.format.manifest import Parent, check_run_name
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.remote import RemoteTier
-from ckptstore.store.fence import Fence
 from ckptstore.store.eager import eager
+from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
 from ckptstore.store.loading import Tiers, choose, roll_forward
 from ckptstore.store.loading import load as load_save
