@@ -242,6 +242,7 @@ def values() -> dict[str, Any]:
         "dataclass of registered": Plan("r", weight=Curve([5.0])),
         "dataclass of sparse": Plan("s", weight=torch.sparse_coo_tensor([[1]], [2.0], (3,), check_invariants=True)),
         "tensor also in a dataclass": _shared(),
+        "array under a key with a nan": {(float("nan"), 1): [Plan("n", weight=torch.arange(2))], "b": torch.ones(1)},
         "list of numbers": [0.1 * i for i in range(50)],
         "list of np scalars": [np.float64(i) for i in range(40)],
         "tensor in a dataclass": Plan("t", weight=torch.arange(4.0)),

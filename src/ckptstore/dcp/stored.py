@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -102,7 +103,7 @@ class StoredState:
         #: Top-level key -> stored name -> tensor, of those in objects that are made when all is filled.
         self._hidden: dict[Any, dict[str, object]] = {}
         #: id of a value that may be such an object -> itself, its top-level key, the way to it from there.
-        self._late: dict[int, tuple[object, Any, tuple[Any, ...]]] = {}
+        self._late: dict[int, tuple[object, Any, tuple[int, ...]]] = {}
         self._filled: dict[Any, Any] = {}
         encoded = source.tree
         if encoded is None:
@@ -161,18 +162,19 @@ class StoredState:
             return self._made(key, path)
         return value
 
-    def _made(self, key: Any, path: tuple[Any, ...]) -> Any:
+    def _made(self, key: Any, path: tuple[int, ...]) -> Any:
         if key not in self._filled:
             tensors = self._hidden[key]
             self._filled[key] = self.decode(key, lambda name: tensors.get(name, Stub(name)))
-        value = self._filled[key]
-        for part in path:
-            value = value[part]
+        value, names = self._filled[key], [key]
+        for place in path:
+            below, value = next(islice(_numbered(value), place, None))
+            names.append(below)
         if isinstance(value, tree.Opaque):
             raise FormatError(
-                f"{dotted((key, *path))!r} could not be made of what is stored: {value.name}",
+                f"{dotted(tuple(names))!r} could not be made of what is stored: {value.name}",
                 hint="see ckptstore.register_type",
-                key=dotted((key, *path)),
+                key=dotted(tuple(names)),
             )
         return value
 
@@ -263,15 +265,20 @@ def visible_stubs(value: Any) -> Counter[str]:
     return names
 
 
-def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], object]]:
-    """What :func:`substitute` would not look into, scalars and stubs left out, with the way there."""
+def _numbered(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Keys or indexes, and values, of a container that :func:`substitute` looks into."""
+    yield from value.items() if isinstance(value, dict) else enumerate(value)
+
+
+def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], object]]:
+    """What :func:`substitute` would not look into, scalars and stubs left out, with the way there.
+
+    The way is by position: a key with a NaN in it isn't found again.
+    """
     cls = type(value)
-    if cls in (dict, OrderedDict, defaultdict):
-        for key in value:
-            yield from _leaves(value[key], (*path, key))
-    elif cls in (list, deque) or isinstance(value, tuple):
-        for i, item in enumerate(value):
-            yield from _leaves(item, (*path, i))
+    if cls in (dict, OrderedDict, defaultdict, list, deque) or isinstance(value, tuple):
+        for place, (_, item) in enumerate(_numbered(value)):
+            yield from _leaves(item, (*path, place))
     elif value is not None and not isinstance(value, (bool, int, float, str, Stub, tree.Composite)):
         yield path, value
 

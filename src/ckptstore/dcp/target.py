@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ckptstore.dcp import composites, modules
 from ckptstore.dcp.boxes import Box, box_of, dtype_name, dtype_of
+from ckptstore.dcp.composite_target import described, match_composite
 from ckptstore.dcp.markers import PerRank, Trainable
 from ckptstore.dcp.optimizer_target import match_optimizer
 from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub, dotted, flatten, look_up, substitute
@@ -106,6 +107,10 @@ class Matcher:
         for check in self._stored.checks:
             check()
 
+    def check_at_last(self, check: Callable[[], None]) -> None:
+        """Call ``check`` when everything is filled, before anything is put in its place."""
+        self._stored.checks.append(check)
+
     def _allocate_hidden(self, key: Any, name: str) -> object:
         # The object they are in may be what was asked for.
         wanted = self.wants(str(key), name) or any(fnmatchcase(name, f"{glob}.*") for glob in self._only)
@@ -129,7 +134,7 @@ class Matcher:
         elif stored is MISSING:
             self.miss(path, target)
         elif isinstance(target, torch.Tensor):
-            self._fill_tensor(key, target, stored, replace)
+            self.fill_tensor(key, target, stored, replace)
         elif isinstance(target, nn.Module):
             self._fill_module(path, target, stored, trainable_only=False)
         elif isinstance(target, Trainable):
@@ -235,15 +240,16 @@ class Matcher:
 
     # -- kinds --------------------------------------------------------------------------------------------------------
 
-    def _fill_tensor(self, key: str, target: torch.Tensor, stored: Any, replace: Replace) -> None:
+    def fill_tensor(self, key: str, target: torch.Tensor, stored: Any, replace: Replace) -> None:
+        """Fill a tensor in place, or ``replace`` it where that can't be."""
         if isinstance(stored, tree.Composite):
-            self._fill_composite(key, target, stored, replace)
+            match_composite(self, key, target, stored, replace)
         elif isinstance(stored, tree.Opaque):
             self.put(key, stored, replace)
         elif not isinstance(stored, Stub):
             self.mismatch(key, f"stored is a {type(stored).__name__}, the target is a tensor")
         elif composites.is_composite(target):
-            self.mismatch(key, f"stored is a plain tensor, the target is {_described(target)}")
+            self.mismatch(key, f"stored is a plain tensor, the target is {described(target)}")
         elif (
             target.layout is torch.strided
             and not target.is_contiguous()
@@ -252,57 +258,6 @@ class Matcher:
             self.put(key, stored, replace)  # an expanded tensor can't be written to
         else:
             self.slot(key, target, stored)
-
-    def fill_tensor(self, key: str, target: torch.Tensor, stored: Any, replace: Replace) -> None:
-        """Fill a tensor in place, or ``replace`` it where that can't be."""
-        self._fill_tensor(key, target, stored, replace)
-
-    def _fill_composite(self, key: str, target: torch.Tensor, stored: tree.Composite, replace: Replace) -> None:
-        """Part by part in place if all of them fit, else by a new tensor."""
-        if not composites.is_composite(target):
-            self.mismatch(key, f"stored is a {stored.kind} tensor, the target is a plain one")
-            return
-        try:
-            own = composites.take_apart(key, target)
-        except StateError as error:
-            self.mismatch(key, error.message)
-            return
-        if not composites.can_replace(own, stored):
-            self.mismatch(key, f"stored is {composites.described(stored)}, the target is {composites.described(own)}")
-        elif composites.is_live(target) and self._parts_fit(own, stored):
-            self._fill_parts(key, own, stored)
-            self._stored.checks.append(lambda: composites.check(key, target))
-        else:
-            new = self.read_into_new(key, stored, type(target))
-            if new is not MISSING:
-                self.found.actions.append((key, lambda: replace(new)))
-
-    def _parts_fit(self, own: tree.Composite, stored: tree.Composite) -> bool:
-        if own.parts.keys() != stored.parts.keys() or tree.encode(own.facts) != tree.encode(stored.facts):
-            return False
-        for name, part in own.parts.items():
-            below = stored.parts[name]
-            if isinstance(below, tree.Composite):
-                if not composites.is_composite(part) or not composites.is_live(part):
-                    return False
-                if not self._parts_fit(composites.take_apart(name, part), below):
-                    return False
-            else:
-                meta = self.source.tensors[below.name]
-                if composites.is_composite(part) or (tuple(part.shape), dtype_name(part.dtype)) != (
-                    meta.shape,
-                    meta.dtype,
-                ):
-                    return False
-        return True
-
-    def _fill_parts(self, key: str, own: tree.Composite, stored: tree.Composite) -> None:
-        for name, part in own.parts.items():
-            below, key_below = stored.parts[name], f"{key}.{name}"
-            if isinstance(below, tree.Composite):
-                self._fill_parts(key_below, composites.take_apart(key_below, part), below)
-            else:
-                self.slot(key_below, part, below)
 
     def mismatch(self, key: str, problem: str) -> None:
         """Note a structural difference that no leniency makes fit."""
@@ -350,7 +305,7 @@ class Matcher:
         if stored is MISSING:
             return False
         if isinstance(target, torch.Tensor):
-            self._fill_tensor(key, target, stored, replace or partial(composites.overwrite, target))
+            self.fill_tensor(key, target, stored, replace or partial(composites.overwrite, target))
         elif replace is not None:
             self.put(key, stored, replace)
         return True
@@ -487,10 +442,3 @@ def has_fillable(value: Any) -> bool:
 def is_sharded(value: Any) -> bool:
     """Whether this is a DTensor."""
     return isinstance(value, DTensor)
-
-
-def _described(target: torch.Tensor) -> str:
-    try:
-        return composites.described(composites.take_apart("", target))
-    except StateError as error:
-        return error.message
