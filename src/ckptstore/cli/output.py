@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from datetime import datetime, timezone
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -26,31 +25,6 @@ def print_json(**fields: Any) -> None:
 def note(text: str) -> None:
     """A line on stderr."""
     print(plain(text), file=sys.stderr)
-
-
-def human_bytes(size: int | None) -> str:
-    """``1.5 GiB``; binary units, three digits."""
-    if size is None:
-        return "-"
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
-
-
-def human_age(when: datetime, now: datetime | None = None) -> str:
-    """``3 min ago``."""
-    return human_seconds(((now or datetime.now(timezone.utc)) - when).total_seconds()) + " ago"
-
-
-def human_seconds(seconds: float) -> str:
-    """``42 s``, ``3 min``, ``5 h``, ``2 d``."""
-    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{max(seconds, 0) / divisor:.0f} {unit}"
-    return f"{seconds / 86400:.0f} d"
 
 
 def print_table(headers: list[str], rows: list[list[str]], *, right: frozenset[str] = frozenset()) -> None:

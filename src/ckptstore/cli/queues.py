@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ckptstore.cli.output import human_bytes, human_seconds, plain
+from ckptstore.cli.output import plain
+from ckptstore.ops.words import human_bytes, human_seconds
 
 
 def queue_line(run: str, remote: str, said: Mapping[str, Any]) -> str:

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from ckptstore.ops import words
+
 
 def human_bytes(size: float | None) -> str:
-    """``1.5 GiB``; binary units, three digits."""
-    if size is None:
-        return "–"
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024 or unit == "TiB":
-            return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
+    """``1.5 GiB``; a dash for what is not known."""
+    return words.human_bytes(size, unknown="–")
 
 
 def human_seconds(seconds: float | None) -> str:
-    """``42 s``, ``3 min``, ``5 h``, ``2 d``; below a second ``120 ms``."""
+    """``42 s``, ``3 min``; below a second ``120 ms``; a dash for what is not known."""
     if seconds is None:
         return "–"
-    if 0 < seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{max(seconds, 0) / divisor:.0f} {unit}"
-    return f"{seconds / 86400:.0f} d"
+    return f"{seconds * 1000:.0f} ms" if 0 < seconds < 1 else words.human_seconds(seconds)
 
 
 def human_number(value: float | str | None) -> str:

@@ -8,8 +8,9 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, verb
-from ckptstore.cli.output import human_bytes, plain, print_json, print_table
+from ckptstore.cli.output import plain, print_json, print_table
 from ckptstore.errors import ConfigError
+from ckptstore.ops.words import human_bytes
 
 _MARKS = {"unchanged": "=", "changed": "~", "added": "+", "removed": "-", "retyped": "!"}
 

@@ -8,9 +8,10 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import human_bytes, human_seconds, plain, print_json
+from ckptstore.cli.output import plain, print_json
 from ckptstore.cli.progress import transfer_bar
 from ckptstore.ops.drill import drill
+from ckptstore.ops.words import human_bytes, human_seconds
 
 
 @verb()

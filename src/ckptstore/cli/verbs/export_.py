@@ -8,12 +8,13 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, verb
-from ckptstore.cli.output import human_bytes, note, print_json
+from ckptstore.cli.output import note, print_json
 from ckptstore.cli.progress import transfer_bar
 from ckptstore.cli.torch_side import foreign
 from ckptstore.errors import ConfigError
 from ckptstore.ops.export import SHARD_BYTES, Exported, Selection, export_dcp, export_safetensors, export_with
 from ckptstore.ops.open import RunTiers
+from ckptstore.ops.words import human_bytes
 from ckptstore.repo.progress import ProgressCallback
 
 

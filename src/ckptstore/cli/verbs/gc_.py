@@ -9,10 +9,11 @@ import click
 from ckptstore.cli.confirm import confirm
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import human_bytes, human_seconds, note, plain, print_json
+from ckptstore.cli.output import note, plain, print_json
 from ckptstore.cli.parts import parse_part
 from ckptstore.cli.progress import count_bar
 from ckptstore.ops.collect import Collection, collect_garbage
+from ckptstore.ops.words import human_bytes, human_seconds
 from ckptstore.repo.gc import GRACE_SECONDS, INTENT_SECONDS, Collected, Doomed, Rules
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ckptstore.cli.options import Settings, verb
-from ckptstore.cli.output import human_bytes, note, plain, print_json
+from ckptstore.cli.output import note, plain, print_json
 from ckptstore.cli.progress import transfer_bar
 from ckptstore.cli.torch_side import foreign
 from ckptstore.errors import ConfigError, NotFoundError
@@ -16,6 +16,7 @@ from ckptstore.format.foreign import ForeignState
 from ckptstore.format.manifest import check_run_name
 from ckptstore.ops.importing import import_state, open_safetensors
 from ckptstore.ops.open import is_url
+from ckptstore.ops.words import human_bytes
 from ckptstore.repo.local import LocalTier
 
 

@@ -6,8 +6,9 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import human_age, human_bytes, note, plain, print_json, print_table
+from ckptstore.cli.output import note, plain, print_json, print_table
 from ckptstore.ops.listing import list_checkpoints, why_superseded
+from ckptstore.ops.words import human_age, human_bytes
 from ckptstore.types import CheckpointInfo
 
 _MARKS = {"complete": "yes", "prepared": "part", "damaged": "DAMAGED", "absent": "-"}

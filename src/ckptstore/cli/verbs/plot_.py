@@ -9,8 +9,9 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import human_bytes, plain, print_json
+from ckptstore.cli.output import plain, print_json
 from ckptstore.errors import CheckpointExistsError, ConfigError, StorageError
+from ckptstore.ops.words import human_bytes
 
 
 @verb()

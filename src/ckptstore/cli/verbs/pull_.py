@@ -6,9 +6,10 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import human_bytes, note, print_json
+from ckptstore.cli.output import note, print_json
 from ckptstore.cli.progress import transfer_bar
 from ckptstore.ops.transfer import pull_checkpoints
+from ckptstore.ops.words import human_bytes
 
 
 @verb()

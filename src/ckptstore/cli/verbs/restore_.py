@@ -8,20 +8,11 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import human_bytes, note, plain, print_json
+from ckptstore.cli.output import note, plain, print_json
+from ckptstore.cli.parts import parse_part
 from ckptstore.cli.progress import transfer_bar
-from ckptstore.errors import ConfigError
 from ckptstore.ops.transfer import restore
-
-
-def parse_part(text: str | None) -> tuple[int, int] | None:
-    """``i/n`` -> (i, n), 0-based."""
-    if text is None:
-        return None
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise ConfigError(f"--part must be i/n with 0 <= i < n, not {text!r}", hint="for example --part 0/4")
-    return int(index), int(count)
+from ckptstore.ops.words import human_bytes
 
 
 @verb()

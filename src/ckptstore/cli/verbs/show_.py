@@ -6,9 +6,10 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, verb
-from ckptstore.cli.output import human_age, human_bytes, note, plain, print_json, print_table
+from ckptstore.cli.output import note, plain, print_json, print_table
 from ckptstore.clock import rfc3339
 from ckptstore.ops.listing import Details, show_checkpoint
+from ckptstore.ops.words import human_age, human_bytes
 
 
 @verb()

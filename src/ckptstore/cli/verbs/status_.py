@@ -8,11 +8,12 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import human_bytes, human_seconds, plain, print_json, table
+from ckptstore.cli.output import plain, print_json, table
 from ckptstore.cli.queues import queue_line
 from ckptstore.ops.cost import cost
 from ckptstore.ops.settings import Settings as Sources
 from ckptstore.ops.status import Safety, Status, status
+from ckptstore.ops.words import human_bytes, human_seconds
 
 
 @verb()

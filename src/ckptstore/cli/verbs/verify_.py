@@ -6,11 +6,12 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, verb
-from ckptstore.cli.output import human_bytes, note, plain, print_json
+from ckptstore.cli.output import note, plain, print_json
 from ckptstore.cli.parts import parse_part
 from ckptstore.cli.progress import bytes_bar
 from ckptstore.errors import ConfigError
 from ckptstore.ops.verify import Depth, verify
+from ckptstore.ops.words import human_bytes
 
 
 def parse_share(text: str | None) -> float | None:
