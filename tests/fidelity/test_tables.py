@@ -47,6 +47,7 @@ def _load(store: CheckpointStore) -> Any:
 def _load_in_place(store: CheckpointStore) -> Any:
     """Into a target that holds the like already."""
     state = whole_state()
+    state["values"]["array under a key with a nan"] = None  # such a key is found by nobody
     for tensor in state["tensors"].values():
         if not tensor.is_inference() and type(tensor) is torch.Tensor and tensor.layout is torch.strided:
             raw = tensor.detach()

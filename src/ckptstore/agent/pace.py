@@ -11,7 +11,7 @@ from ckptstore.config import StoreConfig
 #: What happened this long ago counts half.
 _HALF_LIFE_SECONDS = 15.0
 #: A rate is told once this much work has been seen.
-_LEAST_SECONDS = 0.2
+_LEAST_SECONDS = 0.02
 #: With a cap, one pack is at most what passes in this time: a pack is paid for as a whole, then sent at full speed.
 PACK_SECONDS = 2.0
 _LEAST_PACK_BYTES = 1 << 20
