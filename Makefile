@@ -6,6 +6,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
+# Many tests wait for servers, agents and disks, so more workers than cores still pay.
+WORKERS ?= 3
 
 .PHONY: help setup demo test lint format types arch test-crash test-deep bench docs ci clean
 
@@ -28,7 +30,7 @@ demo: $(STAMP)  ## train, kill -9, wipe the disk, restore from S3, go on with th
 	@$(BIN)/python -m ckptstore.demo
 
 test: $(STAMP)  ## the test suite
-	$(PYTEST)
+	$(PYTEST) -n $(WORKERS) --dist loadfile
 
 test-crash: $(STAMP)  ## the long crash sweeps: kill -9 and power cuts at many more moments
 	CKPTSTORE_TEST_SCALE=10 $(PYTEST) tests/crash -m crash
