@@ -77,7 +77,7 @@ class Hang(Fault):
 class EditReply(Fault):
     """Pass the reply's body through a function, and set its length anew: a server that lies in good order."""
 
-    edit: Callable[[bytes], bytes]
+    edit: Callable[[bytes], bytes] = field(repr=False)
 
 
 @dataclass
