@@ -30,7 +30,7 @@ demo: $(STAMP)  ## train, kill -9, wipe the disk, restore from S3, go on with th
 	@$(BIN)/python -m ckptstore.demo
 
 test: $(STAMP)  ## the test suite
-	$(PYTEST) -n $(WORKERS) --dist loadfile
+	$(PYTEST) -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 test-crash: $(STAMP)  ## the long crash sweeps: kill -9 and power cuts at many more moments
 	CKPTSTORE_TEST_SCALE=10 $(PYTEST) tests/crash -m crash

@@ -104,9 +104,17 @@ def test_delete_says_what_and_asks_for_yes_when_nobody_is_there(folder: Path) ->
 
 def on_a_terminal(*args: str, keys: bytes, until: bytes) -> tuple[int, str]:
     """Run in a pseudo-terminal of 80 columns, press keys once ``until`` is seen."""
-    pid, fd = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, [sys.executable, "-m", "ckptstore.cli", *args], clean(TERM="xterm"))
+    fd, terminal = pty.openpty()
+    # The new session takes the terminal as its own, so that Ctrl-C reaches it and nobody else.
+    take = (
+        "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", take, sys.executable, "-m", "ckptstore.cli", *args],
+        stdin=terminal, stdout=terminal, stderr=terminal, env=clean(TERM="xterm"), start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
     seen, is_sent, deadline = b"", False, time.monotonic() + 60
     while time.monotonic() < deadline:
         if select.select([fd], [], [], 0.2)[0]:
@@ -120,9 +128,9 @@ def on_a_terminal(*args: str, keys: bytes, until: bytes) -> tuple[int, str]:
         if not is_sent and until in seen:
             os.write(fd, keys)
             is_sent = True
-    _, status = os.waitpid(pid, 0)
+    code = process.wait(60)
     os.close(fd)
-    return os.waitstatus_to_exitcode(status), re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode()).replace("\r", "")
+    return code, re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode()).replace("\r", "")
 
 
 @pytest.mark.parametrize(("keys", "code", "left"), [(b"n\n", 0, 3), (b"\x03", 130, 3), (b"y\n", 0, 2)])

@@ -30,10 +30,13 @@ T = TypeVar("T")
 #: How long survivors of a lost peer wait for each other's sign of life before they say who is missing.
 _ROLL_CALL_S = 2.0
 _VOTES_MULTIPLE = 128
+#: How long a closing agreement waits for the answer to a question that is under way.
+_ANSWER_S = 1.0
 _ABSENT = torch.iinfo(torch.int64).min
 
 _instances: dict[tuple[int, ...], int] = {}
 _instances_lock = threading.Lock()
+_left_open: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Agreement:
             self.rank = self._ranks.index(dist.get_rank())
         self.world_size = len(self._ranks)
         self._pg: Any = None
+        self._begun: Any = None
         self._lock = threading.RLock()
         self._attempt = 0
         self._calls = 0
@@ -124,6 +128,7 @@ class Agreement:
         options: Any = dist.AllreduceOptions()
         options.reduceOp, options.timeout = dist.ReduceOp.MAX, timedelta(seconds=timeout_s)
         work = self._guarded("asking the ranks for news", lambda pg: pg.allreduce([tensor], options))
+        self._begun = work
 
         def result() -> list[int]:
             self._guarded("asking the ranks for news", lambda _: work.wait())
@@ -206,8 +211,18 @@ class Agreement:
         return _job_store(self.deadline_s)
 
     def close(self) -> None:
-        """Let go of the group. Local; peers that still wait for this rank are told at once."""
+        """Let go of the group, before the interpreter ends and finds its threads. Local.
+
+        A question that is still open is answered within moments where all ranks have asked it. Where some haven't, the
+        group stays: ending it would wait for them.
+        """
         with self._lock:
+            begun, self._begun = self._begun, None
+            until = time.monotonic() + _ANSWER_S
+            while begun is not None and not begun.is_completed() and time.monotonic() < until:
+                time.sleep(0.01)
+            if begun is not None and not begun.is_completed():
+                _left_open.append(self._pg)
             self._pg = None
 
     # -- the group and its failures -----------------------------------------------------------------------------------

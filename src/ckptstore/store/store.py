@@ -220,6 +220,8 @@ class CheckpointStore:
             if self._tiers is not None:
                 for remote in self._tiers.remotes:
                     remote.blob.close()
+            if (agreement := session.agreement if session is not None else self._agreement) is not None:
+                agreement.close()
             self._session = self._tiers = None
 
     def guard(self, optimizer: Optimizer) -> None:
