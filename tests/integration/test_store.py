@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -338,3 +340,22 @@ def test_memory_remote_is_seen_by_all_processes_of_the_machine(tmp_path: Path) -
         assert state["n"] == 7
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_saving_works_when_the_process_holds_more_than_a_thousand_descriptors(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(4096, hard)
+    if wanted < 2048:
+        pytest.skip(f"only {hard} descriptors are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1500)]
+    try:
+        with CheckpointStore(tmp_path / "store") as store:
+            store.save({"n": 1}, 1, wait="local")
+            state = {"n": 0}
+            store.load(state)
+        assert state["n"] == 1
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

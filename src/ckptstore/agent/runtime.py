@@ -297,9 +297,10 @@ def _spawn(root: Path, directory: RuntimeDir, idle_exit_seconds: float, deadline
 def _read_line(fd: int, deadline: float) -> bytes | None:
     """What the agent reports; b"" when it died first, None when time is up."""
     line = b""
+    readable = select.poll()  # not select(): a trainer may hold more than a thousand descriptors
+    readable.register(fd, select.POLLIN)
     while not line.endswith(b"\n"):
-        readable, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
-        if not readable:
+        if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
             return None
         part = os.read(fd, 65536)
         if not part:
