@@ -156,15 +156,6 @@ def test_a_forked_child_dies_of_its_own_sigterm_and_the_job_goes_on(tmp_path: Pa
         assert running.end()[0] == 0
 
 
-def test_a_signal_to_the_whole_group_saves_when_it_takes_loader_workers_down(tmp_path: Path) -> None:
-    with job(tmp_path, "--workers", "2", "--every", "1000", group=True) as running:
-        running.until("step", step=10)
-        os.killpg(running.process.pid, signal.SIGTERM)
-        returncode, _, err = running.end()
-    assert returncode == 143, err
-    assert resumed(tmp_path)["step"] >= 10
-
-
 def test_an_exception_saves_the_last_step(tmp_path: Path) -> None:
     with job(tmp_path, "--every", "1000", "--at", "7", "--then", "raise") as running:
         returncode, _, err = running.end(60)
