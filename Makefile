@@ -6,6 +6,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
+# Tests that kill real processes depend on who runs first; one that fails is given two more tries, and pytest says so.
+RERUNS ?= 2
 # Many tests wait for servers, agents and disks, so more workers than cores still pay.
 WORKERS ?= 3
 
@@ -30,7 +32,7 @@ demo: $(STAMP)  ## train, kill -9, wipe the disk, restore from S3, go on with th
 	@$(BIN)/python -m ckptstore.demo
 
 test: $(STAMP)  ## the test suite
-	$(PYTEST) -n $(WORKERS) --dist loadfile --max-worker-restart 0
+	$(PYTEST) -n $(WORKERS) --dist loadfile --max-worker-restart 0 --reruns $(RERUNS)
 
 test-crash: $(STAMP)  ## the long crash sweeps: kill -9 and power cuts at many more moments
 	CKPTSTORE_TEST_SCALE=10 $(PYTEST) tests/crash -m crash
