@@ -70,13 +70,18 @@ def stop(
 
 
 def rescue(parts: Parts, error: BaseException, grace_s: float) -> None:
-    """Save before an exception ends the job, if the state is whole and all ranks are here. Never raises."""
+    """Save before an exception ends the job, if the state is whole and all ranks are here. Never raises.
+
+    Whatever is said of what is safe, the save before has first had its time to reach the disk.
+    """
     progress, say = parts.progress, parts.voice.say
     if progress.step is None or not parts.tracked or isinstance(error, SaveFailedError):
         return
     what = type(error).__name__
+    until = time.monotonic() + grace_s
     done = parts.guard.completed()
     if done is None:
+        _wait(parts, progress.handle, until, is_remote=False)
         say(f"{what} in the middle of an optimizer step: not saved; {parts.safety.sentence()}", logging.ERROR)
         return
     step = progress.step + done * max(1, progress.step - (progress.previous_step or progress.step - 1))
@@ -84,11 +89,12 @@ def rescue(parts: Parts, error: BaseException, grace_s: float) -> None:
         if not progress.is_saved(step):
             agreement = parts.store.agreement
             if not all_are_here(agreement, step, parts.store.config.deadline_s):
+                _wait(parts, progress.handle, until, is_remote=False)
                 say(f"{what} on this rank, others did not stop: not saved; {parts.safety.sentence()}", logging.ERROR)
                 return
             occasion = Occasion(step, progress.epoch, tags=(TAG_EXCEPTION,), is_emergency=True, reason=what)
             parts.saver.save(occasion)
-        _wait(parts, progress.handle, time.monotonic() + grace_s, is_remote=False)
+        _wait(parts, progress.handle, until, is_remote=False)
         say(f"{what} after step {step}: {parts.safety.sentence()}; {command()}", logging.ERROR)
     except Exception as failure:  # whatever goes wrong here must not hide the first exception
         say(f"the emergency save failed: {failure}; {parts.safety.sentence()}", logging.ERROR)
