@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptstore.config import StoreConfig
@@ -33,6 +33,8 @@ class Upload:
     is_reported: bool = False
     stored_bytes: int = 0
     sent_bytes: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+    """How the last attempt came to its bytes, for people."""
     progress: Progress | None = None
     shards: list[ShardManifest] | None = None
 

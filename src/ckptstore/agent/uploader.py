@@ -41,6 +41,8 @@ MAX_PAUSE_SECONDS = 60.0
 #: After a refusal: somebody has to do something, and may do it without telling us.
 REFUSED_PAUSE_SECONDS = 300.0
 MAX_POLL_SECONDS = 15.0
+#: Of the saves that one refers to, so many are told.
+MAX_TOLD_BASES = 16
 
 
 class Uploader:
@@ -383,6 +385,11 @@ class Uploader:
         )
         upload.sent_bytes += result.sent_bytes
         upload.stored_bytes = max(upload.stored_bytes, result.stored_bytes)
+        upload.details = {
+            "reused_bytes": result.reused_bytes,
+            "by_codec": {name: list(sizes) for name, sizes in result.bytes_by_codec.items()},
+            "rests_on": list(result.rests_on[-MAX_TOLD_BASES:]),
+        }
         upload.progress = None
         if result.is_cancelled:
             upload.state = "queued"
@@ -428,6 +435,7 @@ class Uploader:
                     "remote": self.name,
                     "stored_bytes": upload.stored_bytes,
                     "sent_bytes": upload.sent_bytes,
+                    **upload.details,
                     "summary": summary.model_dump(mode="json"),
                 },
             )

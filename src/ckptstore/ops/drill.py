@@ -11,6 +11,7 @@ import psutil
 
 from ckptstore.clock import SYSTEM_CLOCK, Clock
 from ckptstore.errors import ConfigError, IntegrityError, NoSpaceError
+from ckptstore.ops.history import note_restored
 from ckptstore.ops.open import RunTiers
 from ckptstore.ops.transfer import restore
 from ckptstore.ops.verify import verify
@@ -103,5 +104,7 @@ def drill(
             first = found.findings[0]
             raise IntegrityError(f"the restored checkpoint is damaged: {first.what}", key=first.key, step=first.step)
         verify_seconds = clock.monotonic() - began - restore_seconds
+    sources = ", ".join(remote.name for remote in tiers.remotes)
+    note_restored(tiers.local, tiers.run, record.step, record.save_id, sources, clock=clock)
     age = (clock.now() - restored.info.created_at).total_seconds()
     return Drilled(restored.info, restore_seconds, verify_seconds, received, age)

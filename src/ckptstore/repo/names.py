@@ -5,6 +5,8 @@
     <root>/ckptstore.json                                marker
     <root>/<run>/timelines/<number:08d>.json             claims of timelines
     <root>/<run>/pins/<save_id>                          pins
+    <root>/<run>/timings/<save_id>.json                  where a save's time went, for people
+    <root>/<run>/journal/<name>.jsonl                    what happened to the run, for people
     <root>/<run>/.staging-<save_id>/                     being written
     <root>/<run>/.deleting-<save_id>/                    being removed
     <root>/<run>/step-<step:010d>-<save_id>/             prepared, or with manifest.json complete
@@ -27,6 +29,7 @@ STOCK_METADATA = ".metadata"
 TIMELINES = "timelines"
 PINS = "pins"
 TIMINGS = "timings"
+JOURNAL = "journal"
 
 _RUN = re.compile(RUN_PATTERN)
 _SAVE_ID = re.compile(SAVE_ID_PATTERN)

@@ -34,7 +34,7 @@ from ckptstore.repo.durable import READ_FLAGS, raise_for_errno
 from ckptstore.repo.known import KnownChunks
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.pack_writer import PackWriter
-from ckptstore.repo.packs import FrameTable, PlacedFrame, own_bytes
+from ckptstore.repo.packs import FrameTable, PlacedFrame, own_bytes, pack_owner
 from ckptstore.repo.progress import Meter, ProgressCallback
 from ckptstore.repo.remote import RemoteTier
 
@@ -54,6 +54,7 @@ class PushResult:
         sent_bytes: pack bytes this push sent.
         reused_bytes: tensor bytes that were referenced instead of sent.
         bytes_by_codec: codec -> (tensor bytes, frame bytes) of what this push encoded.
+        rests_on: save_ids of the saves whose packs this one refers to: bases of its deltas, and chunks it shares.
         committed: the root manifest once the save is committed on this remote; None while other ranks are missing.
         is_cancelled: stopped on request; the next push goes on from there.
     """
@@ -65,6 +66,7 @@ class PushResult:
     committed: RootManifest | None
     is_cancelled: bool = False
     bytes_by_codec: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rests_on: tuple[str, ...] = ()
 
 
 def push(
@@ -189,6 +191,8 @@ class _Push:
 
     def result(self, root: RootManifest | None, *, is_cancelled: bool = False) -> PushResult:
         """What was done."""
+        owners = {pack_owner(key) for document in self._documents.values() for key in document.packs}
+        own = {document.shard.save_id for document in self._documents.values()}
         return PushResult(
             plain_bytes=self.meter.plain_total,
             stored_bytes=sum(document.stored_bytes for document in self._documents.values()),
@@ -197,6 +201,7 @@ class _Push:
             committed=root,
             is_cancelled=is_cancelled,
             bytes_by_codec={name: (plain, stored) for name, (plain, stored) in sorted(self._by_codec.items())},
+            rests_on=tuple(sorted(owner for owner in owners if owner is not None and owner not in own)),
         )
 
     def is_there(self, shard: ShardManifest) -> bool:

@@ -10,6 +10,7 @@ from ckptstore.cli.output import note, plain, print_json
 from ckptstore.cli.parts import parse_part
 from ckptstore.cli.progress import bytes_bar
 from ckptstore.errors import ConfigError
+from ckptstore.ops.history import note_verified
 from ckptstore.ops.verify import Depth, verify
 from ckptstore.ops.words import human_bytes
 
@@ -70,6 +71,13 @@ def command(
             from ckptstore.ops.repair import repair as put_right
 
             reasons = put_right(tiers, result, Depth(read_data or share is not None, 1.0, pieces))
+        is_whole = read_data and pieces[1] == 1
+        note_verified(
+            tiers.local,
+            tiers.run,
+            result,
+            "bytes" if is_whole else "sample" if read_data or share is not None else "structure",
+        )
     if settings.as_json:
         print_json(
             checked=[{"step": s, "save_id": i, "tier": t} for s, i, t in result.checked],
