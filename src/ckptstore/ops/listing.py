@@ -5,14 +5,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptstore.ops.open import Place, RunTiers
-from ckptstore.ops.provenance import Provenance, provenance
-from ckptstore.repo import timings
-from ckptstore.repo.catalog import Record
-from ckptstore.repo.reader import CheckpointReader
 from ckptstore.types import CheckpointInfo, StepLike
+
+if TYPE_CHECKING:
+    from ckptstore.ops.provenance import Provenance
+    from ckptstore.repo.reader import CheckpointReader
 
 
 def list_checkpoints(place: Place, run: str | None, *, include_superseded: bool = False) -> list[CheckpointInfo]:
@@ -83,7 +83,12 @@ class Details:
 
 def show_checkpoint(tiers: RunTiers, step: StepLike, *, only: str | None = None) -> Details:
     """Everything the manifests say of one checkpoint; ``only`` is a pattern of tensor names."""
-    record: Record = tiers.catalog().resolve(step)
+    # `list` shares this module and reads no shard manifest: it doesn't pay for what does.
+    from ckptstore.ops.provenance import provenance
+    from ckptstore.repo import timings
+    from ckptstore.repo.reader import CheckpointReader
+
+    record = tiers.catalog().resolve(step)
     with CheckpointReader(record, tiers.local, tiers.remotes) as reader:
         origins = provenance(tiers.remotes, record)
         rows = _tensors(reader, origins)

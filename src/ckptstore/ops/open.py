@@ -1,19 +1,20 @@
-"""From what a person typed to the tiers of one run."""
+"""From what a person typed to the tiers of one run. What remotes need is imported where one is named."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ckptstore.blob import between_processes, open_blob_store
-from ckptstore.blob.base import BlobStore
 from ckptstore.errors import CheckpointNotFoundError, ConfigError, NoStoreError
 from ckptstore.format.manifest import check_run_name
 from ckptstore.repo.catalog import Catalog
 from ckptstore.repo.local import LocalTier
-from ckptstore.repo.remote import RemoteTier
-from ckptstore.repo.remote import runs as remote_runs
+
+if TYPE_CHECKING:
+    from ckptstore.blob.base import BlobStore
+    from ckptstore.repo.remote import RemoteTier
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,18 @@ class Place:
         if self.local is not None and self.local.exists():
             found.update(self.local.runs())
         for blob in self.blobs.values():
-            found.update(remote_runs(blob))
+            from ckptstore.repo.remote import runs
+
+            found.update(runs(blob))
         return sorted(found)
 
     def tiers(self, run: str) -> RunTiers:
         """The tiers of one run."""
-        remotes = tuple(RemoteTier(blob, run, name) for name, blob in self.blobs.items())
-        return RunTiers(run, self.local, remotes)
+        if not self.blobs:
+            return RunTiers(run, self.local, ())
+        from ckptstore.repo.remote import RemoteTier
+
+        return RunTiers(run, self.local, tuple(RemoteTier(blob, run, name) for name, blob in self.blobs.items()))
 
     def choose_run(self, run: str | None) -> str:
         """The run asked for, or the only one there is.
@@ -95,6 +101,11 @@ def open_place(store: str | None, remote: str | None = None, *, must_exist: bool
         raise ConfigError(f"--remote must be a URL, not {remote!r}", hint="s3://bucket/prefix")
     if must_exist and local is not None and not urls and not local.exists():
         raise NoStoreError(f"no store at {local.root}", hint="check the path; a store has a file ckptstore.json")
+    if not urls:
+        return Place(local, {})
+    from ckptstore.blob import between_processes, open_blob_store
+    from ckptstore.repo.remote import RemoteTier
+
     blobs = {url.partition("://")[0]: open_blob_store(between_processes(url)) for url in dict.fromkeys(urls)}
     if must_exist and local is None:
         for name, blob in blobs.items():

@@ -12,7 +12,7 @@ import pytest
 
 from ckptstore.clock import new_nonce
 from ckptstore.config import StoreConfig
-from ckptstore.ops import verify as verify_module
+from ckptstore.ops import verify_local
 from ckptstore.ops.open import RunTiers, open_place
 from ckptstore.ops.repair import repair
 from ckptstore.ops.verify import Depth, verify
@@ -126,7 +126,7 @@ def test_a_pack_that_is_wrong_once_is_unsteady_and_not_damaged(folder: Path) -> 
 
 
 def test_a_disk_that_reads_wrong_once_is_unsteady(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: Callable[..., bytes] = verify_module.os.pread
+    read: Callable[..., bytes] = verify_local.os.pread
     wrong: list[int] = []
 
     def pread(fd: int, size: int, offset: int) -> bytes:
@@ -136,7 +136,7 @@ def test_a_disk_that_reads_wrong_once_is_unsteady(folder: Path, monkeypatch: pyt
             return bytes([data[0] ^ 1]) + data[1:]
         return data
 
-    monkeypatch.setattr(verify_module.os, "pread", pread)
+    monkeypatch.setattr(verify_local.os, "pread", pread)
     tiers = open_tiers(folder)
     found = verify(RunTiers(RUN, tiers.local, ()), 1, everything=False, read_data=True)
     assert [f.kind for f in found.findings] == ["unsteady"]
