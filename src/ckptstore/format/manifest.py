@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import xxhash
@@ -241,15 +242,15 @@ class RemoteShard(Document):
     """Bytes this save added to the remote for this shard."""
 
 
-def ref_of(shard: ShardManifest) -> ShardRef:
-    """What the root manifest says of this shard."""
+def ref_of(shard: ShardManifest, encoded: bytes | None = None) -> ShardRef:
+    """What the root manifest says of this shard; ``encoded``: its canonical bytes, if they are at hand."""
     return ShardRef(
         rank=shard.rank,
         node=shard.node,
         file=shard.file,
         file_bytes=shard.file_bytes,
         size_bytes=sum(piece.size_bytes for piece in shard.pieces),
-        manifest_digest=strong_digest(shard.encode()),
+        manifest_digest=strong_digest(shard.encode() if encoded is None else encoded),
     )
 
 
@@ -275,8 +276,12 @@ def root_from(summary: Summary, refs: Iterable[ShardRef]) -> RootManifest:
     return RootManifest(summary=summary.model_copy(update=update), shards=shards)
 
 
-def root_of(shards: Sequence[ShardManifest]) -> RootManifest:
+def root_of(shards: Sequence[ShardManifest], encoded: Sequence[bytes | None] = ()) -> RootManifest:
     """The root manifest of these shard manifests.
+
+    Args:
+        shards: One per rank of the save.
+        encoded: Their canonical bytes, if they are at hand.
 
     Raises:
         IncompleteCheckpointError: a rank is missing or there twice.
@@ -289,7 +294,7 @@ def root_of(shards: Sequence[ShardManifest]) -> RootManifest:
         raise IncompleteCheckpointError("the part of rank 0 is missing")
     if head.summary is None or (head.summary.save_id, head.summary.step) != (head.save_id, head.step):
         raise FormatError(f"rank 0's shard manifest of save {head.save_id} lacks the summary of its save")
-    return root_from(head.summary, [ref_of(s) for s in shards])
+    return root_from(head.summary, [ref_of(*pair) for pair in zip_longest(shards, encoded)])
 
 
 def check_run_name(run: str) -> str:

@@ -27,7 +27,7 @@ from ckptstore.format.stock import PieceSpec
 from ckptstore.ops import safetensors
 from ckptstore.ops.export import STATE_KEY
 from ckptstore.ops.regions import allocate
-from ckptstore.repo import commit, names
+from ckptstore.repo import names
 from ckptstore.repo.catalog import Catalog, Record
 from ckptstore.repo.commit import StagingDir
 from ckptstore.repo.durable import READ_FLAGS, raise_for_errno, read_bounded
@@ -143,7 +143,8 @@ def write_state(
         checked = tuple(p.model_copy(update={"digests": d}) for p, d in zip(pieces, digests, strict=True))
         shard = shard.model_copy(update={"skeleton_digest": rest.hexdigest(), "pieces": checked})
         staging.write_file(names.shard_manifest_file(0), shard.encode())
-        commit.complete(staging.path, root_of([shard]), written=[shard])
+        root = root_of([shard])
+        staging.complete(root, stock.metadata(root, [shard]))
         staging.commit()
     return Catalog.read(tier, (), summary.run).resolve(summary.save_id)
 

@@ -14,14 +14,14 @@ each. Either way ``manifest.json`` appears whole, after everything it vouches fo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
 
 from ckptstore.errors import CheckpointExistsError, ConfigError, ConflictError, IntegrityError, StorageError
-from ckptstore.format.manifest import MAX_MANIFEST_BYTES, RootManifest, ShardManifest, root_of, strong_digest
+from ckptstore.format.manifest import MAX_MANIFEST_BYTES, RootManifest, ShardManifest, root_of
 from ckptstore.repo import directory, durable, names
 from ckptstore.repo.durable import raise_for_errno
 from ckptstore.repo.local import LocalTier
@@ -146,6 +146,20 @@ class StagingDir:
             raise
         self.close_file(fd)
 
+    def complete(self, root: RootManifest, stock_metadata: bytes | None = None) -> None:
+        """Add what makes the directory a whole save once it is committed; all shards must be here.
+
+        The order doesn't matter, since nothing in here exists for anybody before :meth:`commit`.
+
+        Args:
+            root: made of the manifests of all shards.
+            stock_metadata: for stock PyTorch.
+        """
+        if stock_metadata is not None:
+            self.write_file(names.STOCK_METADATA, stock_metadata)
+        self.write_file(names.SUMMARY, root.summary.encode())
+        self.write_file(names.MANIFEST, root.encode())
+
     def commit(self) -> Path:
         """Give the directory its final name, durably: complete if it holds ``manifest.json``, else prepared.
 
@@ -198,8 +212,8 @@ class StagingDir:
             os.close(fd)
 
 
-def complete(path: Path, root: RootManifest, *, written: Sequence[ShardManifest] = ()) -> None:
-    """Make a prepared part, or a directory still being staged, complete: ``manifest.json`` is the last thing to appear.
+def complete(path: Path, root: RootManifest) -> None:
+    """Make a prepared part complete: ``manifest.json`` is the last thing to appear.
 
     Also writes ``summary.json``, and ``.metadata`` for stock PyTorch if the parts of all ranks are here. Repeating it
     is fine: the same root gives the same bytes.
@@ -207,7 +221,6 @@ def complete(path: Path, root: RootManifest, *, written: Sequence[ShardManifest]
     Args:
         path: A directory of this save.
         root: The root manifest, computed from the shard manifests of all ranks, all of them durable somewhere.
-        written: Shard manifests that the caller itself wrote to this directory; they need not be read again.
 
     Raises:
         ConflictError: another root is here. Nothing was written.
@@ -219,7 +232,7 @@ def complete(path: Path, root: RootManifest, *, written: Sequence[ShardManifest]
     directory.check_summary(root.summary, run=None, step=step, save_id=save_id, what="root manifest")
     directory.check_root(root, what="root manifest")
     data = root.encode()
-    shards = _parts_here(path, root, written)
+    shards = _parts_here(path, root)
     try:
         with suppress(FileNotFoundError):
             if durable.read_bounded(path / names.MANIFEST, MAX_MANIFEST_BYTES) == data:
@@ -237,17 +250,14 @@ def complete(path: Path, root: RootManifest, *, written: Sequence[ShardManifest]
         raise_for_errno(error, f"can't complete {path}", save_id=save_id)
 
 
-def _parts_here(path: Path, root: RootManifest, written: Sequence[ShardManifest]) -> list[ShardManifest]:
+def _parts_here(path: Path, root: RootManifest) -> list[ShardManifest]:
     """Manifests of the parts in this directory, each the one that the root names, each with its whole shard file."""
-    known = {shard.rank: shard for shard in written}
     here = set(directory.present_ranks(path))
     shards = []
     for ref in root.shards:
         if ref.rank not in here:
             continue
-        shard = known.get(ref.rank)
-        if shard is None or strong_digest(shard.encode()) != ref.manifest_digest:
-            shard = directory.read_shard_manifest(path, ref)
+        shard = directory.read_shard_manifest(path, ref)
         if directory.file_bytes(path / ref.file) != ref.file_bytes:
             raise IntegrityError(f"{path / ref.file} is not whole", path=str(path / ref.file), rank=ref.rank)
         shards.append(shard)

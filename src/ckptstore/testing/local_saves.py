@@ -10,7 +10,7 @@ from ckptstore.clock import rfc3339
 from ckptstore.format import stock
 from ckptstore.format.manifest import Piece, ShardManifest, Summary, TensorMeta, digest, root_of
 from ckptstore.repo import names
-from ckptstore.repo.commit import StagingDir, complete
+from ckptstore.repo.commit import StagingDir
 from ckptstore.repo.local import LocalTier
 
 CHUNK_ELEMENTS = 1024
@@ -91,5 +91,6 @@ def write_save(
             staging.write_file(shard.file, image_of(shard, payload))
             staging.write_file(names.shard_manifest_file(shard.rank), shard.encode())
         if len(shards) == summary.world_size and not defer_complete:
-            complete(staging.path, root_of(shards), written=shards)
+            root = root_of(shards)
+            staging.complete(root, stock.metadata(root, shards))
         return staging.commit()

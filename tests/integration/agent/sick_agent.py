@@ -9,10 +9,10 @@ import os
 import sys
 import time
 
-from ckptstore.agent import writer
+from ckptstore.agent import disk
 from ckptstore.agent.__main__ import main
 
-genuine = writer.write_block
+genuine = disk.write_block
 
 
 def install(kind: str, *values: str) -> None:
@@ -26,7 +26,7 @@ def install(kind: str, *values: str) -> None:
             raise OSError(int(values[0]), os.strerror(int(values[0])))
         return genuine(fd, block, offset)
 
-    writer.write_block = write_block
+    disk.write_block = write_block
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore.agent import writer
+from ckptstore.agent import disk, writer
+from ckptstore.agent.disk import Abandoned
 from ckptstore.agent.protocol import SealRequest, layout_id_of
-from ckptstore.agent.writer import Abandoned, Image, write_part
+from ckptstore.agent.writer import Image, write_part
 from ckptstore.clock import new_nonce
 from ckptstore.errors import ConfigError, FormatError, NoSpaceError, StorageError
 from ckptstore.format import stock
@@ -102,9 +103,9 @@ def test_the_files_are_the_images_when_direct_writes_are_refused(
     for refusal in ("flag", "write", "short"):
         with monkeypatch.context() as patch:
             if refusal == "flag":
-                patch.setattr(writer, "_set_direct", lambda fd, wanted: False)
+                patch.setattr(disk, "_set_direct", lambda fd, wanted: False)
             else:
-                patch.setattr(writer, "write_block", _refuser(refusal))
+                patch.setattr(disk, "write_block", _refuser(refusal))
             made = image()
             written = write(tier, made)
         check(tier, written, (made,))
@@ -163,7 +164,7 @@ def test_nothing_is_left_when_the_disk_refuses(
             raise OSError(number, os.strerror(number))
         return os.pwrite(fd, block, offset)
 
-    monkeypatch.setattr(writer, "write_block", write_block)
+    monkeypatch.setattr(disk, "write_block", write_block)
     with pytest.raises(kind, match=errno.errorcode[number]) as info:
         write(tier, image())
     assert info.value.context["errno"] == errno.errorcode[number]
