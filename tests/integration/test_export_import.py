@@ -281,6 +281,24 @@ class TestTorchFile:
         loaded = torch.load(export_with(tiers, 10, tmp_path / "s.pt", selection, save_torch_file).path)
         same(loaded["2.weight"], stored["model"]["2.weight"].half())
 
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of sparse rows
+    def test_tensors_made_of_others_and_large_arrays_come_back(self, tmp_path: Path) -> None:
+        value = {"sparse": torch.eye(3).to_sparse(), "deep": [torch.eye(4).to_sparse_csr()], "a": np.arange(20_000)}
+        torch.save(value, tmp_path / "s.pt")
+        found = imported(tmp_path / "s.pt", tmp_path, open_torch_file(tmp_path / "s.pt", trust_pickle=True))
+        assert found["sparse"].layout is torch.sparse_coo
+        assert torch.equal(found["sparse"].to_dense(), torch.eye(3))
+        assert torch.equal(found["deep"][0].to_dense(), torch.eye(4))
+        assert np.array_equal(found["a"], value["a"])
+
+    def test_a_dtype_that_torch_can_not_write_is_refused_by_name(self, tmp_path: Path) -> None:
+        with CheckpointStore(tmp_path / "s") as store:
+            store.save({"packed": torch.zeros(3, dtype=torch.uint8).view(torch.int4)}, 1, wait="local")
+        tiers = RunTiers("default", LocalTier(tmp_path / "s"), ())
+        with pytest.raises(StateError, match=r"packed.*int4"):
+            export_with(tiers, 1, tmp_path / "s.pt", Selection(), save_torch_file)
+        assert not (tmp_path / "s.pt").exists()
+
     def test_torch_files_are_refused_unless_trusted(self, tmp_path: Path) -> None:
         torch.save({"x": _Planted(tmp_path)}, tmp_path / "evil.pt")
         with pytest.raises(ConfigError, match="--trust-pickle"), open_torch_file(tmp_path / "evil.pt"):

@@ -11,7 +11,7 @@ import mmap
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import prod
@@ -22,13 +22,14 @@ import numpy as np
 import torch
 
 from ckptstore.dcp import torch_types as _torch_types  # noqa: F401  # registers torch's small types
+from ckptstore.dcp.binder import bind
 from ckptstore.dcp.boxes import Box, copyable, dtype_name, dtype_of, plain
 from ckptstore.dcp.filler import Filler
 from ckptstore.dcp.foreign_pickle import MAX_METADATA_BYTES, Item, Stored, read_metadata
 from ckptstore.dcp.reading import read_state
 from ckptstore.dcp.stored import ChunkSource
 from ckptstore.dcp.target import Slot
-from ckptstore.errors import ConfigError, FormatError, IncompleteCheckpointError, NotFoundError
+from ckptstore.errors import ConfigError, FormatError, IncompleteCheckpointError, NotFoundError, StateError
 from ckptstore.format import tree
 from ckptstore.format.dtypes import itemsize
 from ckptstore.format.foreign import ForeignState, ForeignTensor
@@ -119,9 +120,12 @@ def open_torch_file(path: Path, *, trust_pickle: bool = False) -> Iterator[Forei
             failure = error
     else:
         raise FormatError(f"torch can't read {path}: {failure}", path=str(path))
-    collected = _Tensors(set())
-    encoded = tree.encode(value if isinstance(value, dict) else {"state": value}, collected.leaf)
-    yield ForeignState(collected.tensors, encoded, collected.aliases)
+    binding = bind(value if isinstance(value, dict) else {"state": value})
+    tensors = [
+        ForeignTensor(bound.name, bound.dtype, bound.shape, partial(_copy_out, local))
+        for bound, local in zip(binding.tensors, binding.locals, strict=True)
+    ]
+    yield ForeignState(tensors, binding.tree, binding.aliases)
 
 
 def save_torch_file(
@@ -135,7 +139,12 @@ def save_torch_file(
         source: the checkpoint.
         path: must not exist.
         chosen: (name, stored tensor, dtype) of what goes into a flat dict; None: the whole state, nested as it was.
+
+    Raises:
+        StateError: a dtype that ``torch.save`` lacks (integers of less than 8 bits); names a tensor of it.
     """
+    names = {meta.dtype: name for name, meta in source.tensors.items()}
+    _check_dtypes(names if chosen is None else {dtype: name for name, _, dtype in chosen})
     sizes = [prod(meta.shape) * itemsize(meta.dtype) for meta in source.tensors.values()]
     if chosen is not None:
         sizes = [prod(source.tensors[stored].shape) * itemsize(dtype) for _, stored, dtype in chosen]
@@ -157,6 +166,18 @@ def save_torch_file(
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _check_dtypes(names: Mapping[str, str]) -> None:
+    for dtype, name in names.items():
+        try:
+            torch.save(torch.empty(0, dtype=dtype_of(dtype)), io.BytesIO())
+        except KeyError:
+            raise StateError(
+                f"{name!r} is {dtype}, which torch.save can't write",
+                hint="leave it out with --only, or export a DCP directory",
+                key=name,
+            ) from None
 
 
 class _Memory:
@@ -285,5 +306,6 @@ class _Tensors:
 
 
 def _copy_out(tensor: torch.Tensor, out: memoryview) -> None:
+    tensor = tensor.detach()
     target = torch.from_numpy(np.frombuffer(out, np.uint8)).view(tensor.dtype).view(tensor.shape)
     copyable(target).copy_(copyable(tensor))
