@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from ckptstore.config import StoreConfig
+from ckptstore.ops.findings import Depth
 from ckptstore.ops.open import Place, open_place
 from ckptstore.ops.repair import repair
-from ckptstore.ops.verify import Depth, verify
+from ckptstore.ops.verify import verify
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.remote import RemoteTier
 from ckptstore.repo.upload import push
@@ -101,6 +102,7 @@ def put_back(folder: Path, whole: dict[Path, bytes]) -> None:
     for file, data in whole.items():
         if not file.exists() or file.read_bytes() != data:
             file.unlink(missing_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
 
 

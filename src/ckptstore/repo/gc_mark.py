@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from ckptstore.blob.base import ObjectInfo
 from ckptstore.errors import FormatError, IntegrityError, NoStoreError, NotFoundError, TransientError
 from ckptstore.format.manifest import RemoteShard
+from ckptstore.repo.aside import saves_aside
 from ckptstore.repo.packs import pack_owner
 from ckptstore.repo.remote import RemoteSave, RemoteTier
 from ckptstore.repo.remote_names import parse_shard_key, shard_key
@@ -29,6 +30,7 @@ class Marks:
         commits: Committed saves.
         underway: Saves with a live intent.
         expired: Saves whose intent nobody has renewed for too long.
+        aside: Saves that were set aside as damaged: kept, as far as what they need is known.
         shards: Every shard manifest there is, by key; None where it is damaged and of no committed save.
         needed: Packs that some shard manifest names, bases of deltas included.
         packs: Every pack there is.
@@ -38,6 +40,7 @@ class Marks:
     commits: dict[str, RemoteSave]
     underway: frozenset[str]
     expired: frozenset[str]
+    aside: frozenset[str] = frozenset()
     shards: dict[str, RemoteShard | None] = field(default_factory=dict)
     shard_infos: dict[str, ObjectInfo] = field(default_factory=dict)
     needed: set[str] = field(default_factory=set)
@@ -45,13 +48,13 @@ class Marks:
     summaries: dict[str, ObjectInfo] = field(default_factory=dict)
 
     def is_live(self, save_id: str) -> bool:
-        """Whether this save is committed, or on its way to be."""
-        return save_id in self.commits or save_id in self.underway
+        """Whether this save is committed, on its way to be, or set aside."""
+        return save_id in self.commits or save_id in self.underway or save_id in self.aside
 
     def is_needed(self, key: str) -> bool:
         """Whether this pack, shard manifest or summary has to stay."""
         if (owner := pack_owner(key)) is not None:
-            return key in self.needed or owner in self.underway
+            return key in self.needed or owner in self.underway or owner in self.aside
         if (parsed := parse_shard_key(key)) is not None:
             return self.is_live(parsed[0])
         save = _parse_summary(key)
@@ -122,6 +125,7 @@ def mark(
         commits=commits,
         underway=frozenset(intents) - expired,
         expired=expired,
+        aside=saves_aside(remote),
         shard_infos={key: info for key, info in shards.items() if parse_shard_key(key) is not None},
         packs={key: info for key, info in packs.items() if pack_owner(key) is not None},
         summaries={key: info for key, info in summaries.items() if _parse_summary(key) is not None},

@@ -16,6 +16,7 @@ from ckptstore.ops import verify_local
 from ckptstore.ops.open import RunTiers, open_place
 from ckptstore.ops.repair import repair
 from ckptstore.ops.verify import Depth, verify
+from ckptstore.repo import gc
 from ckptstore.repo.remote import RemoteTier
 from ckptstore.repo.upload import push
 from ckptstore.testing.checkpoints import write_checkpoint
@@ -75,7 +76,7 @@ def test_every_kind_of_damage_to_every_file_is_found_and_repaired(folder: Path) 
                 file.write_bytes(data)
             found = verify(tiers, None, everything=True, read_data=True)
             assert found.is_damaged, f"{kind} of {file.name} was not found"
-            assert repair(tiers, found, Depth(read_data=True)) == []
+            assert repair(tiers, found, Depth(read_data=True)).reasons == []
             assert not found.is_damaged, f"{kind} of {file.name} was not repaired: {found.findings}"
             assert verify(tiers, None, everything=True, read_data=True).is_clean
             if "local" in file.parts:
@@ -155,16 +156,102 @@ def test_a_remote_that_is_away_is_unchecked(folder: Path) -> None:
     assert [f.kind for f in found.findings] == ["unchecked"]
 
 
-def test_repair_without_another_tier_says_so_and_changes_nothing(folder: Path) -> None:
-    shard = next((folder / "local" / RUN).glob("step-0000000001-*/__0_0.distcp"))
-    spoil(shard)
-    before = shard.read_bytes()
-    tiers = RunTiers(RUN, open_tiers(folder).local, ())
+def only(tiers: RunTiers, tier: str) -> RunTiers:
+    return RunTiers(RUN, tiers.local, ()) if tier == "local" else RunTiers(RUN, None, tiers.remotes)
+
+
+@pytest.mark.parametrize("tier", ["local", "file"])
+def test_what_is_beyond_repair_is_set_aside_and_counts_no_more(folder: Path, tier: str) -> None:
+    tiers = only(open_tiers(folder), tier)
+    pattern = "local/run/step-0000000001-*/__0_0.distcp" if tier == "local" else "cloud/bucket/runs/run/packs/*-1/*"
+    for file in folder.glob(pattern):
+        spoil(file)
+    before = {file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     found = verify(tiers, 1, everything=False, read_data=True)
-    (reason,) = repair(tiers, found, Depth(read_data=True))
-    assert "no other tier" in reason
+    done = repair(tiers, found, Depth(read_data=True))
+    assert "no other tier here has good bytes" in done.reasons[0]
     assert found.is_damaged
-    assert shard.read_bytes() == before
+    (aside,) = done.aside
+    assert (aside.step, aside.tier) == (1, tier)
+    assert aside.where is not None
+    assert before <= {file.read_bytes() for file in folder.rglob("*") if file.is_file()}, "nothing is lost"
+    assert [record.step for record in tiers.catalog().records] == [2]
+    if tier == "local":
+        assert verify(tiers, None, everything=True, read_data=True).is_clean
+        Path(aside.where).rename(Path(aside.where).with_name(Path(aside.where).name.removeprefix("damaged-")))
+    else:
+        name = aside.where.rpartition("/")[2]
+        (folder / "cloud/bucket" / aside.where).rename(folder / f"cloud/bucket/runs/run/commits/{name}")
+    assert [record.step for record in tiers.catalog().records] == [1, 2], "it can be had back"
+
+
+def test_what_is_set_aside_on_a_remote_is_spared_by_gc_until_it_is_removed(folder: Path) -> None:
+    tiers = only(open_tiers(folder), "file")
+    remote = tiers.remotes[0]
+    for pack in (folder / "cloud/bucket/runs/run/packs").glob("*-2/*"):
+        spoil(pack)
+    done = repair(tiers, verify(tiers, 2, everything=False, read_data=True), Depth(read_data=True))
+
+    def collect() -> list[str]:
+        return [doomed.key for doomed in gc.collect(remote.blob, "file", [RUN], rules=gc.Rules(0))[0].deleted]
+
+    assert [collect() for _ in range(3)] == [[], [], []]
+    assert done.aside[0].where is not None
+    (folder / "cloud/bucket" / done.aside[0].where).unlink()
+    assert [bool(collect()) for _ in range(3)] == [False, True, True], "manifests, then packs"
+    assert verify(tiers, None, everything=True, read_data=True).is_clean
+
+
+def test_what_is_beyond_repair_is_deleted_only_when_told_to(folder: Path) -> None:
+    tiers = only(open_tiers(folder), "local")
+    spoil(next((folder / "local" / RUN).glob("step-0000000001-*/__0_0.distcp")))
+    done = repair(tiers, verify(tiers, 1, everything=False, read_data=True), Depth(read_data=True), delete=True)
+    assert [aside.where for aside in done.aside] == [None]
+    assert not [path for path in (folder / "local" / RUN).iterdir() if "-1" in path.name and path.is_dir()]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "summary.json", ".metadata"])
+def test_derived_documents_are_made_anew_without_another_tier(folder: Path, name: str) -> None:
+    tiers = only(open_tiers(folder), "local")
+    file = next((folder / "local" / RUN).glob(f"step-0000000001-*/{name}"))
+    whole = file.read_bytes()
+    for spoiled in (b"", whole[: len(whole) // 2], None):
+        file.unlink()
+        if spoiled is not None:
+            file.write_bytes(spoiled)
+        found = verify(tiers, None, everything=True, read_data=True)
+        assert found.is_damaged
+        assert repair(tiers, found, Depth(read_data=True)).aside == []
+        assert not found.is_damaged
+        assert file.read_bytes() == whole
+
+
+def test_documents_of_a_commit_are_made_anew_from_its_shard_manifests(folder: Path) -> None:
+    tiers = only(open_tiers(folder), "file")
+    for kind in ("commits", "summaries"):
+        file = next((folder / "cloud/bucket/runs/run" / kind).glob("*-1.json"))
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9])
+        found = verify(tiers, None, everything=True, read_data=True)
+        assert found.is_damaged
+        assert repair(tiers, found, Depth(read_data=True)).reasons == []
+        assert file.read_bytes() == whole
+
+
+def test_nothing_is_set_aside_while_a_source_is_away(folder: Path) -> None:
+    from ckptstore.errors import TransientError
+
+    def away(request: Request) -> None:
+        if "/packs/" in request.key:
+            raise TransientError("cut off")
+
+    tiers = open_tiers(folder)
+    spoil(next((folder / "local" / RUN).glob("step-0000000001-*/__0_0.distcp")))
+    remote = RemoteTier(WatchedBlobStore(tiers.remotes[0].blob, before=away), RUN, "file")
+    found = verify(only(tiers, "local"), 1, everything=False, read_data=True)
+    done = repair(RunTiers(RUN, tiers.local, (remote,)), found, Depth(read_data=True))
+    assert done.reasons
+    assert done.aside == []
 
 
 def test_a_remote_is_repaired_from_another_remote_when_there_is_no_local_copy(folder: Path) -> None:
@@ -176,7 +263,7 @@ def test_a_remote_is_repaired_from_another_remote_when_there_is_no_local_copy(fo
         spoil(pack)
     found = verify(both, None, everything=True, read_data=True)
     assert {f.tier for f in found.findings} == {"file"}
-    assert repair(both, found, Depth(read_data=True)) == []
+    assert repair(both, found, Depth(read_data=True)).reasons == []
     assert not found.is_damaged
     assert verify(both, None, everything=True, read_data=True).is_clean
 

@@ -10,8 +10,11 @@ from ckptstore.cli.output import note, plain, print_json
 from ckptstore.cli.parts import parse_part
 from ckptstore.cli.progress import bytes_bar
 from ckptstore.errors import ConfigError
+from ckptstore.ops.findings import Depth
 from ckptstore.ops.history import note_verified
-from ckptstore.ops.verify import Depth, verify
+from ckptstore.ops.repair import Repaired
+from ckptstore.ops.repair import repair as put_right
+from ckptstore.ops.verify import verify
 from ckptstore.ops.words import human_bytes
 
 
@@ -38,7 +41,8 @@ def parse_share(text: str | None) -> float | None:
 @click.option("--read-data", is_flag=True, help="Read and decode every byte, not only manifests and sizes.")
 @click.option("--sample", metavar="P%", help="Read this share of the chunks, chosen at random.")
 @click.option("--part", metavar="I/N", help="Only every N-th rank's shard, for several machines at once.")
-@click.option("--repair", is_flag=True, help="Take good bytes from another tier; deletes nothing.")
+@click.option("--repair", is_flag=True, help="Take good bytes from another tier; set aside what has none.")
+@click.option("--yes", is_flag=True, help="With --repair: delete what is beyond repair instead of setting it aside.")
 def command(
     settings: Settings,
     step: str | None,
@@ -47,11 +51,12 @@ def command(
     sample: str | None,
     part: str | None,
     repair: bool,
+    yes: bool,
 ) -> int:
     """Check a checkpoint in every tier that has it, and say what is damaged.
 
-    What looks wrong is read a second time before it is called damaged. With --repair the code is 20 only for what is
-    still damaged afterwards.
+    What looks wrong is read a second time before it is called damaged. With --repair the code is 20 only for what could
+    not be repaired. Such a copy is set aside, under a name that counts as no checkpoint; nothing of it is lost.
 
     \b
     Examples:
@@ -60,7 +65,9 @@ def command(
       ckptctl -s /data --remote s3://bucket/prefix verify --read-data --repair
     """
     share, pieces = parse_share(sample), parse_part(part) or (0, 1)
-    reasons: list[str] = []
+    if yes and not repair:
+        raise ConfigError("--yes is about what --repair can't repair", hint="add --repair")
+    repaired = Repaired()
     with opened(settings, with_remote=True) as place:
         tiers = place.tiers(place.choose_run(settings.run))
         with bytes_bar("verifying", quiet=settings.quiet or settings.as_json) as progress:
@@ -68,9 +75,8 @@ def command(
                 tiers, step, everything=everything, read_data=read_data, sample=share, part=pieces, progress=progress
             )
         if repair and result.is_damaged:
-            from ckptstore.ops.repair import repair as put_right
-
-            reasons = put_right(tiers, result, Depth(read_data or share is not None, 1.0, pieces))
+            depth = Depth(read_data or share is not None, 1.0, pieces)
+            repaired = put_right(tiers, result, depth, delete=yes)
         is_whole = read_data and pieces[1] == 1
         note_verified(
             tiers.local,
@@ -83,23 +89,27 @@ def command(
             checked=[{"step": s, "save_id": i, "tier": t} for s, i, t in result.checked],
             findings=[finding.to_json() for finding in result.findings],
             bytes_read=result.bytes_read,
-            not_repaired=reasons,
+            not_repaired=repaired.reasons,
+            set_aside=[one.to_json() for one in repaired.aside],
         )
     else:
         for finding in result.findings:
             where = f" ({finding.key})" if finding.key else ""
             mark = "REPAIRED" if finding.is_repaired else finding.kind.upper()
             print(plain(f"{mark}  step {finding.step}  {finding.tier}: {finding.what}{where}"))
-        for reason in reasons:
-            note(plain(f"not repaired: {reason}"))
+        for reason in repaired.reasons:
+            note(f"not repaired: {reason}")
+        for one in repaired.aside:
+            what = "deleted" if one.where is None else f"set aside as {one.where}"
+            print(plain(f"step {one.step}, {one.tier}: {what}; it counts as no checkpoint any more"))
         read = f"every byte ({human_bytes(result.bytes_read)})"
         if share is not None and not read_data:
             read = f"a sample ({human_bytes(result.bytes_read)})"
-        depth = read if read_data or share is not None else "manifests and sizes"
+        looked = read if read_data or share is not None else "manifests and sizes"
         copies, left = len(result.checked), sum(not finding.is_repaired for finding in result.findings)
-        repaired = len(result.findings) - left
-        told = f"{left} findings" + (f", {repaired} repaired" if repaired else "")
-        note(f"{copies} {'copy' if copies == 1 else 'copies'} checked, {depth}: {told}")
+        right = len(result.findings) - left
+        told = f"{left} {'finding' if left == 1 else 'findings'}" + (f", {right} repaired" if right else "")
+        note(f"{copies} {'copy' if copies == 1 else 'copies'} checked, {looked}: {told}")
     if result.is_damaged:
         return 20
     return 0 if result.is_clean else 3
