@@ -37,6 +37,11 @@ class StoreConfig(BaseModel):
     check_replicas: Literal["off", "sample", "full"] = "sample"
     """Compare values that ranks hold as replicas: never; small ones always, large ones in turn; all of them."""
 
+    fetch_once: Literal["per_node", "per_job"] = "per_node"
+    """What several ranks need from a remote is fetched once per node, or once in the job and handed on to the other
+    nodes over the ranks' own process group: worth it where replicas (DDP, HSDP) span nodes whose network is faster
+    than the way to the remote."""
+
     remote_quorum: int | None = Field(default=None, ge=1)
     """Number of remotes that must hold a save before ``handle.remote`` resolves; None: all of them."""
 

@@ -9,6 +9,7 @@ from ranks import DEAD, run_ranks
 from store_jobs import (
     die,
     different_step,
+    fetch_on_nodes,
     latest,
     load,
     load_and_fetch,
@@ -167,6 +168,16 @@ class TestTwoNodes:
         shutil.rmtree(tmp_path / "node-1")
         for digest, epoch, _, _ in run_ranks(2, load_on_nodes, root, bucket):
             assert (digest, epoch) == (expected, 3)
+
+    def test_replicas_are_fetched_once_per_node_or_once_per_job_as_asked(self, tmp_path: Path, bucket: str) -> None:
+        (expected, *_), _ = run_ranks(2, save, "fsdp", str(tmp_path / "saved"), bucket, "remote")
+        results = run_ranks(4, fetch_on_nodes, str(tmp_path), bucket, 2)
+        for kind in ("ddp", "hsdp"):
+            for fetch_once, times in (("per_node", 2), ("per_job", 1)):
+                each = [result[kind, fetch_once] for result in results]
+                assert [digest for digest, *_ in each] == [expected] * 4
+                size = each[0][2]
+                assert sum(fetched for _, fetched, _ in each) == times * size, (kind, fetch_once, each)
 
     @pytest.mark.parametrize("moment", ["between seals", "between prepares"])
     def test_save_is_never_used_when_a_part_is_nowhere(self, tmp_path: Path, bucket: str, moment: str) -> None:

@@ -181,12 +181,14 @@ def _count(kind: str) -> int:
 
 def test_memory_and_descriptors_stay_when_many_small_saves_are_made(tmp_path: Path) -> None:
     """2 000 saves with the deep suite; a few hundred otherwise."""
-    saves = 200 if SCALE == 1 else 2_000
+    saves, before = (
+        (200, 100) if SCALE == 1 else (2_000, 1_000)
+    )  # by then the store keeps as many handles as it ever does
     job = Job()
     with CheckpointStore(tmp_path / "store", config=QUICK) as store:
         samples: list[tuple[int, int, int]] = []
         previous = None
-        for number in range(saves + 100):
+        for number in range(saves + before):
             job.history = [float(number)] * 10
             handle = store.save(job.state, number)
             if number % 20 == 19:
@@ -195,7 +197,7 @@ def test_memory_and_descriptors_stay_when_many_small_saves_are_made(tmp_path: Pa
                     for info in store.checkpoints()[:-1]:
                         store.delete(info.save_id)
                 previous = handle
-            if number >= 100 and number % 20 == 19:
+            if number >= before and number % 20 == 19:
                 samples.append((number, _count("memory"), _count("descriptors")))
     half = len(samples) // 2
     first, second = samples[:half], samples[half:]
@@ -203,7 +205,7 @@ def test_memory_and_descriptors_stay_when_many_small_saves_are_made(tmp_path: Pa
     per_save = growth / (second[0][0] - first[0][0])
     print(f"{saves} saves: RSS {per_save:.0f} bytes per save, descriptors {samples[0][2]} -> {samples[-1][2]}")
     assert samples[-1][2] <= samples[0][2] + 1
-    assert per_save < 8 * 1024 if SCALE == 1 else per_save < 1024
+    assert per_save < 8 * 1024 if SCALE == 1 else per_save < 256
 
 
 def test_saving_is_refused_while_a_cuda_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ckptstore import CheckpointStore, StoreConfig, per_rank
@@ -20,7 +21,7 @@ QUICK = StoreConfig(deadline_s=10, agent_idle_exit_seconds=5)
 
 
 def make(kind: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model and its optimizer after two real steps; ``kind`` is plain, ddp or fsdp."""
+    """A model and its optimizer after two real steps; ``kind`` is plain, ddp, fsdp or hsdp."""
     torch.manual_seed(seed)
     model: nn.Module = nn.Sequential(nn.Linear(33, 65), nn.ReLU(), nn.Linear(65, 65), nn.Linear(65, 7, bias=False))
     if kind == "ddp":
@@ -30,6 +31,12 @@ def make(kind: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
             if isinstance(layer, nn.Linear):
                 fully_shard(layer)
         fully_shard(model)
+    elif kind == "hsdp":
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for step in range(2):
         torch.manual_seed(100 + step)
@@ -98,6 +105,23 @@ def load_and_fetch(rank: int, kind: str, remote: str) -> Any:
     assert info is not None
     assert info.report is not None
     return fingerprint(model, optimizer), dict(info.report.bytes_by_source), info.size_bytes
+
+
+def fetch_on_nodes(rank: int, root: str, remote: str, ranks_per_node: int) -> Any:
+    """Jobs on fresh nodes, by kind and by how often a byte may be fetched, which only rank 0 is told."""
+    seen = {}
+    for kind in ("ddp", "hsdp"):
+        for fetch_once in ("per_node", "per_job"):
+            model, optimizer = make(kind, seed=1)
+            config = QUICK.model_copy(update={"fetch_once": fetch_once if rank == 0 else "per_node"})
+            folder = node_root(f"{root}/{kind}-{fetch_once}", rank, ranks_per_node)
+            with CheckpointStore(folder, remote=remote, config=config) as store:
+                info = store.load({"model": model, "optimizer": optimizer})
+            assert info is not None
+            assert info.report is not None
+            fetched = info.report.bytes_by_source.get("file", 0)
+            seen[kind, fetch_once] = fingerprint(model, optimizer), fetched, info.size_bytes
+    return seen
 
 
 def stock_calls(rank: int, root: str) -> Any:

@@ -1,7 +1,8 @@
 """Who reads a chunk that a rank can't read itself, or that several ranks of a node want from a remote: pure decisions.
 
 A rank reads what its node's disk holds. What only another node's disk holds is read by a rank there. What only remotes
-hold is read by one of the ranks of a node that want it, so each remote byte comes to a node once. Whoever reads for
+hold is read by one of the ranks of a node that want it, so each remote byte comes to a node once; or, if the job asks
+for that, by one rank of the job, so that of all replicas only the first costs the remote anything. Whoever reads for
 others hands the bytes over the ranks' own process group, in windows of bounded size that all ranks go through in step.
 Every rank computes the same from the same words.
 """
@@ -29,10 +30,12 @@ class Readers:
     Attributes:
         nodes: node of each rank.
         held: for each node, the ranks that saved whose shard files are on its disk.
+        once_per_job: what only remotes hold is fetched once in the whole job instead of once per node.
     """
 
     nodes: tuple[int, ...]
     held: tuple[frozenset[int], ...]
+    once_per_job: bool = False
 
     def is_here(self, rank: int, saved_by: int) -> bool:
         """Whether this rank's own node has the shard file of the rank that saved."""
@@ -82,10 +85,10 @@ def deliveries(
         if holders:
             found.append(Delivery(chunk, size, pick(holders, size), tuple(ranks)))
             continue
-        by_node: defaultdict[int, list[int]] = defaultdict(list)
+        together: defaultdict[int, list[int]] = defaultdict(list)
         for rank in ranks:
-            by_node[readers.nodes[rank]].append(rank)
-        groups = (tuple(group) for group in by_node.values() if len(group) > 1)
+            together[0 if readers.once_per_job else readers.nodes[rank]].append(rank)
+        groups = (tuple(group) for group in together.values() if len(group) > 1)
         found.extend(Delivery(chunk, size, pick(group, size), group) for group in groups)
     return found
 

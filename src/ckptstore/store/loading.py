@@ -88,14 +88,16 @@ def load(
     rename: Mapping[str, str] | None,
     strict: bool,
     missing_ok: bool,
+    once_per_job: bool = False,
 ) -> tuple[CheckpointInfo, Record] | None:
     """Collective. Fill ``state`` from the save that rank 0 chooses; None for an empty run with ``missing_ok``.
 
     The local tiers of the job's nodes count as one. A rank reads what its own node holds; the rest comes from ranks of
-    the nodes that hold it, or from a remote, each byte once per node.
+    the nodes that hold it, or from a remote, each byte once per node, or once in the job with ``once_per_job``, for
+    which rank 0's word counts.
     """
     nodes = Nodes.meet(tiers.local, agreement)
-    opened = _open_together(tiers, agreement, nodes, step, missing_ok=missing_ok)
+    opened = _open_together(tiers, agreement, nodes, step, missing_ok=missing_ok, once_per_job=once_per_job)
     if opened is None:
         return None
     with opened.reader as reader:
@@ -138,7 +140,7 @@ def _candidates(tiers: Tiers, step: StepLike, elsewhere: Sequence[Summary], *, m
 
 
 def _open_together(
-    tiers: Tiers, agreement: Agreement, nodes: Nodes, step: StepLike, *, missing_ok: bool
+    tiers: Tiers, agreement: Agreement, nodes: Nodes, step: StepLike, *, missing_ok: bool, once_per_job: bool
 ) -> _Opened | None:
     """Collective. Rank 0 proposes, everybody opens; what some rank can't open is passed over, or an error."""
     elsewhere = nodes.elsewhere(tiers.local, tiers.run, agreement)
@@ -153,7 +155,7 @@ def _open_together(
     passed = _PassedOver(tiers.run)
     while True:
         proposed = replace(candidates.pop(0), local=None) if candidates else None
-        record = agreement.broadcast(proposed, what="choosing a checkpoint")
+        record, once_per_job = agreement.broadcast((proposed, once_per_job), what="choosing a checkpoint")
         if record is None and passed.reasons:
             raise passed.verdict()
         if record is None:
@@ -176,7 +178,8 @@ def _open_together(
         failed = next((each for each in errors if each is not None), None)
         if failed is None and reader is not None:
             held = nodes.gather(agreement, lambda r=reader: r.ranks_here, what="opening the checkpoint")  # type: ignore[misc]
-            return _Opened(record, reader, Readers(nodes.of_rank, tuple(held)), tuple(passed.reasons))
+            readers = Readers(nodes.of_rank, tuple(held), once_per_job)
+            return _Opened(record, reader, readers, tuple(passed.reasons))
         if step != "latest" or not isinstance(failed, (IntegrityError, FormatError, IncompleteCheckpointError)):
             agreement.raise_together(error, what="opening the checkpoint")
         if reader is not None:

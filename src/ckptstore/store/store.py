@@ -286,6 +286,7 @@ class CheckpointStore:
                 rename=rename,
                 strict=strict,
                 missing_ok=missing_ok,
+                once_per_job=self.config.fetch_once == "per_job",
             )
             if loaded is None:
                 return None
