@@ -181,9 +181,8 @@ def _count(kind: str) -> int:
 
 def test_memory_and_descriptors_stay_when_many_small_saves_are_made(tmp_path: Path) -> None:
     """2 000 saves with the deep suite; a few hundred otherwise."""
-    saves, before = (
-        (200, 100) if SCALE == 1 else (2_000, 1_000)
-    )  # by then the store keeps as many handles as it ever does
+    # The store keeps its last few hundred handles; counting starts when it has as many as it ever does.
+    saves, before = (200, 100) if SCALE == 1 else (2_000, 1_000)
     job = Job()
     with CheckpointStore(tmp_path / "store", config=QUICK) as store:
         samples: list[tuple[int, int, int]] = []
