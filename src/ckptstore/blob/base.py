@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, TypeVar
+from urllib.parse import urlsplit
 
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -63,6 +64,30 @@ class Capabilities:
 
     conditional_put: bool = True
     max_object_bytes: int = 5 * 1024**4
+
+
+@dataclass(frozen=True)
+class Trait:
+    """One thing that a store's server turned out to be like: is it right, and what to do where it isn't.
+
+    Attributes:
+        name: ``TLS``, ``addressing`` or ``checksums``.
+    """
+
+    name: str
+    is_right: bool
+    detail: str
+    fix: str | None = None
+
+
+def transport(endpoint: str) -> Trait:
+    """How bytes travel to this endpoint, which has been reached before."""
+    parts = urlsplit(endpoint)
+    if parts.scheme == "https":
+        return Trait("TLS", True, f"{parts.hostname} has shown a certificate that holds")
+    if parts.hostname in ("localhost", "127.0.0.1", "::1"):
+        return Trait("TLS", True, "plain HTTP that does not leave this machine")
+    return Trait("TLS", False, f"{parts.hostname} is spoken to in clear text", f"use endpoint=https://{parts.netloc}")
 
 
 class BlobStore(ABC):
@@ -132,6 +157,11 @@ class BlobStore(ABC):
 
     def deletion_rules(self) -> builtins.list[str]:
         """Rules of the bucket that delete or freeze objects of this store by age, a sentence each. Default: none."""
+        return []
+
+    def traits(self, key: str) -> builtins.list[Trait]:
+        """What the server is like, once it has been reached; may write the scratch object ``key``. Default: nothing."""
+        del key
         return []
 
     def close(self) -> None:  # noqa: B027  most stores hold nothing

@@ -19,6 +19,7 @@ the first request. Its CRC, which holds the interpreter's lock, is off; the serv
 from __future__ import annotations
 
 import base64
+import builtins
 import contextlib
 import hashlib
 import logging
@@ -33,9 +34,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ckptstore.blob.address import Address
-from ckptstore.blob.base import Attempts, BlobStore, Buffer, Capabilities, ObjectInfo, once
+from ckptstore.blob.base import Attempts, BlobStore, Buffer, Capabilities, ObjectInfo, Trait, once, transport
 from ckptstore.blob.keys import check_key, check_prefix, is_key
 from ckptstore.blob.multipart import MAX_PART_BYTES, MAX_PARTS, Part, parts_of, send_parts
+from ckptstore.blob.oss_traits import CHECKSUMS, addressing, deletes
 from ckptstore.blob.ranges import exact_range, past_the_end
 from ckptstore.blob.refusals import Refusal
 from ckptstore.errors import (
@@ -239,6 +241,21 @@ class OSSBlobStore(BlobStore):
             if not answer.is_truncated:
                 return aborted
             key_marker, upload_marker = answer.next_key_marker, answer.next_upload_id_marker
+
+    def deletion_rules(self) -> builtins.list[str]:
+        from oss2.exceptions import NoSuchLifecycle
+
+        with self._request("read the lifecycle rules", "") as bucket:
+            try:
+                rules = bucket.get_bucket_lifecycle().rules
+            except NoSuchLifecycle:
+                return []
+        return [told for rule in rules if (told := deletes(rule, self._prefix)) is not None]
+
+    def traits(self, key: str) -> builtins.list[Trait]:
+        del key
+        host = urlsplit(self._endpoint).hostname or ""
+        return [transport(self._endpoint), addressing(host, self._bucket, is_cname=self._is_cname), CHECKSUMS]
 
     def close(self) -> None:
         with self._lock:

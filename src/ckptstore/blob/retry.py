@@ -17,7 +17,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying
 from tenacity.retry import retry_if_exception
 
-from ckptstore.blob.base import BlobStore, Buffer, ObjectInfo
+from ckptstore.blob.base import BlobStore, Buffer, ObjectInfo, Trait
 from ckptstore.clock import SYSTEM_CLOCK, Clock
 from ckptstore.errors import CheckpointExistsError, CredentialsError, TransientError
 
@@ -217,6 +217,9 @@ class RetryingBlobStore(BlobStore):
 
     def deletion_rules(self) -> builtins.list[str]:
         return self._attempts("deletion_rules", self.inner.deletion_rules)
+
+    def traits(self, key: str) -> builtins.list[Trait]:
+        return self._attempts("traits", lambda: self.inner.traits(key))
 
     def close(self) -> None:
         self.inner.close()

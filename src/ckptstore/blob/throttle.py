@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
-from ckptstore.blob.base import BlobStore, Buffer, ObjectInfo
+from ckptstore.blob.base import BlobStore, Buffer, ObjectInfo, Trait
 from ckptstore.clock import SYSTEM_CLOCK, Clock
 from ckptstore.errors import TransientError
 
@@ -128,6 +128,10 @@ class ThrottledBlobStore(BlobStore):
     def deletion_rules(self) -> builtins.list[str]:
         with self._throttle.request():
             return self.inner.deletion_rules()
+
+    def traits(self, key: str) -> builtins.list[Trait]:
+        with self._throttle.request():
+            return self.inner.traits(key)
 
     def close(self) -> None:
         self.inner.close()

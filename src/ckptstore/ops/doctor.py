@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 import psutil
 
@@ -132,13 +131,13 @@ def _agent(root: Path) -> Check:
     return Check("agent", "ok", f"pid {said['pid']}, version {said['version']}")
 
 
-def _transport(name: str, blob: BlobStore) -> Check:
-    """How the bytes travel, as far as the URL tells."""
-    host = urlsplit(dict(parse_qsl(urlsplit(blob.url).query)).get("endpoint", "")).hostname or ""
-    if "endpoint=http:" in blob.url.replace("%3A", ":") and host not in ("localhost", "127.0.0.1", "::1"):
-        fix = "use an https endpoint; certificates are verified"
-        return Check(f"{name}: TLS", "warning", f"{host} is spoken to in clear text", fix)
-    return Check(f"{name}: TLS", "ok", "encrypted, or not leaving this machine")
+def _traits(name: str, blob: BlobStore, key: str) -> Iterator[Check]:
+    """TLS, addressing and checksums, as the server showed them."""
+    try:
+        for trait in blob.traits(key):
+            yield Check(f"{name}: {trait.name}", "ok" if trait.is_right else "warning", trait.detail, trait.fix)
+    except CkptError as error:
+        yield Check(f"{name}: server", "warning", f"it can't be asked: {error.message}", error.hint or "try again")
 
 
 def _skew(name: str, blob: BlobStore, key: str) -> Check:
@@ -192,7 +191,7 @@ def _remote(name: str, blob: BlobStore) -> Iterator[Check]:
         return "listings show what was written"
 
     def delete() -> str:
-        blob.delete([key])
+        blob.delete([key, f"{key}-trait"])
         if blob.head(key) is not None:
             raise OSError(5, "the object is still there after delete")
         return "objects can be deleted (needed by retention and gc, not by training)"
@@ -204,7 +203,7 @@ def _remote(name: str, blob: BlobStore) -> Iterator[Check]:
         return
     yield Check(f"{name}: latency", "ok", f"one small put took {(time.perf_counter() - began) * 1e3:.0f} ms")
     yield _skew(name, blob, key)
-    yield _transport(name, blob)
+    yield from _traits(name, blob, f"{key}-trait")
     yield _rules(name, blob)
     yield _tried(f"{name}: read", read, "grant the right to get objects")
     yield _tried(f"{name}: conditional create", conditional, "use a bucket whose server honours If-None-Match")

@@ -95,6 +95,7 @@ class OSSServer:
     Attributes:
         cnames: Host name -> bucket: domains of somebody's own.
         seen: Method and path of the requests so far.
+        lifecycle: The bucket's lifecycle configuration, as XML; None: there is none.
     """
 
     def __init__(self, bucket: str = "ckptstore", region: str = "cn-hangzhou", *, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -103,6 +104,7 @@ class OSSServer:
         self.clock = clock
         self.cnames: dict[str, str] = {}
         self.seen: list[tuple[str, str]] = []
+        self.lifecycle: str | None = None
         self.lock = threading.RLock()
         self._buckets = {bucket: _Bucket()}
         self._main = Account(f"LTAI{secrets.token_hex(8)}", secrets.token_hex(15))
@@ -214,6 +216,10 @@ class OSSServer:
             return self._list(bucket, request)
         if request.method == "GET" and "uploads" in asked and asked <= _UPLOADS_PARAMS:
             return self._list_uploads(bucket, request)
+        if request.method == "GET" and asked == {"lifecycle"}:
+            if self.lifecycle is None:
+                raise Refused(404, "NoSuchLifecycle", "The bucket has no lifecycle configuration.")
+            return _Answer(200, self.lifecycle.encode())
         if request.method == "POST" and "delete" in asked and asked <= {"delete", "encoding-type"}:
             return self._delete_many(bucket, request)
         raise Refused(501, "NotImplemented", f"{request.method} {sorted(asked)} of a bucket is not served here.")

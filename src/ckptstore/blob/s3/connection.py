@@ -143,6 +143,13 @@ class S3Connection:
             return {"ContentMD5": _md5_base64(payload)}
         return {}
 
+    def dialect(self, client: S3Client) -> str | None:
+        """The header in which uploads carry their checksum; None: they carry none."""
+        if self._checksum == "none":
+            return None
+        is_md5 = self._checksum == "md5" or (self._checksum == "auto" and not _is_amazon(client.meta.endpoint_url))
+        return "Content-MD5" if is_md5 else "x-amz-checksum-crc32"
+
     def declared(self) -> dict[str, Any]:
         """What an upload in parts must say beforehand about :meth:`guard`."""
         return {"ChecksumAlgorithm": "CRC32"} if self._checksum == "crc32" else {}

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from ckptstore.blob.address import Address
-from ckptstore.blob.base import Attempts, BlobStore, Buffer, Capabilities, ObjectInfo, once
+from ckptstore.blob.base import Attempts, BlobStore, Buffer, Capabilities, ObjectInfo, Trait, once
 from ckptstore.blob.keys import check_key, check_prefix, is_key
 from ckptstore.blob.multipart import MAX_PART_BYTES, MAX_PARTS, Part, parts_of, send_parts
 from ckptstore.blob.ranges import exact_range, past_the_end
@@ -228,6 +228,11 @@ class S3BlobStore(BlobStore):
                     return []
                 raise
         return [told for rule in answer.get("Rules", ()) if (told := _deletes(rule, self._prefix)) is not None]
+
+    def traits(self, key: str) -> builtins.list[Trait]:
+        from ckptstore.blob.s3.traits import traits
+
+        return traits(self._connection, self._prefix + check_key(key), self._pays)
 
     def close(self) -> None:
         with self._lock:
