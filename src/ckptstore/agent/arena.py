@@ -3,7 +3,7 @@
 A slot is one rank's place on this node. It has one or two generations, each a memfd laid out as the image of the shard
 file to be written. A generation goes FREE -> FILLING -> SEALED -> FREE, and only a seal, sent by the slot's owner after
 its last copy, makes its contents part of a save. Page faults, not copying, are what fresh memory costs, so pages are
-touched once, in the background, and a restarted rank takes over its slot's memory as it is.
+touched once, by the trainer that needs them, and a restarted rank takes over its slot's memory as it is.
 
 Everything here is guarded by the agent's one condition, except where it says so.
 """
@@ -36,7 +36,7 @@ log = logging.getLogger("ckptstore.agent")
 PAGE = mmap.PAGESIZE
 #: Left to everybody else when an arena is made.
 HEADROOM_BYTES = 64 << 20
-_POPULATE_STEP = 32 << 20
+_POPULATE_STEP = 8 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Source: include/uapi/asm-generic/mman-common.h
 
 
@@ -134,7 +134,6 @@ class Slot:
         self.vacant_since = 0.0
         self._condition = condition
         self._configuring = threading.Lock()
-        self._stop = threading.Event()
 
     def check_owner(self, owner: object) -> None:
         if self.owner is not owner:
@@ -169,34 +168,28 @@ class Slot:
                         hint="the local disk is slow or a save was begun and neither sealed nor released",
                     )
                 self.layout_id = None  # nobody can reserve until the new one stands
-                self._stop.set()
             layout = stock.layout(pieces)
             capacity = max(PAGE, -(-layout.image_bytes // PAGE) * PAGE)
             with _budget:
-                self._resize(capacity, wanted)
+                used = self._resize(capacity, wanted)
             for generation in self.generations:
                 generation.holds = None
-                _write_skeleton(generation.memory, layout, pieces)
+                _write_skeleton(generation.memory, layout, pieces, is_new=generation not in used)
             layout = replace(layout, segments=())  # written, and large
             with self._condition:
                 self.check_owner(owner)
                 self.layout, self.pieces, self.layout_id = layout, tuple(pieces), layout_id
-                self._stop = threading.Event()
                 self._condition.notify_all()
-            threading.Thread(
-                target=_touch, args=(list(self.generations), self._stop), name=f"touch-{self.index}", daemon=True
-            ).start()
             return layout, list(self.generations)
 
     def _all_free(self) -> bool:
         return all(g.state is State.FREE for g in self.generations)
 
     def _drop(self) -> None:
-        self._stop.set()
         self.generations, self.layout_id, self.layout, self.is_tainted = [], None, None, False
 
-    def _resize(self, capacity: int, wanted: int) -> None:
-        """Reuse touched pages where the old size is near the new one, make new memory otherwise."""
+    def _resize(self, capacity: int, wanted: int) -> list[Generation]:
+        """Reuse touched pages where the old size is near the new one, make new memory otherwise; returns the reused."""
         del self.generations[wanted:]
         if self.generations and self.generations[0].capacity_bytes > 2 * capacity + (1 << 20):
             self.generations = []  # shrinking it would be a SIGBUS for whoever still has it mapped
@@ -207,13 +200,13 @@ class Slot:
                 if more > 0:
                     generation.grow(capacity)
                 grown.append(generation)
-        self.generations = grown
+        self.generations = list(grown)
         while len(self.generations) < wanted:
             room = _room()
             if capacity > room:
                 if self.generations:
                     log.warning("memory for one generation only: %d bytes each, %d available", capacity, max(0, room))
-                    return
+                    break
                 raise NoSpaceError(
                     f"staging needs {capacity} bytes of memory, {max(0, room)} are available",
                     hint="give the job more memory, or use more ranks so that each holds less",
@@ -223,6 +216,7 @@ class Slot:
             self.generations.append(Generation.create(len(self.generations), capacity))
         for index, generation in enumerate(self.generations):
             generation.index = index
+        return grown
 
     def reserve(self, owner: object, timeout_s: float, save_id: str | None = None) -> int | None:
         """Take a FREE generation for filling; None if there is none within ``timeout_s``."""
@@ -289,8 +283,9 @@ def gaps(layout: Layout, pieces: Sequence[PieceSpec]) -> Iterator[tuple[int, int
         yield end, layout.image_bytes
 
 
-def _write_skeleton(memory: mmap.mmap, layout: Layout, pieces: Sequence[PieceSpec]) -> None:
-    for start, end in gaps(layout, pieces):
+def _write_skeleton(memory: mmap.mmap, layout: Layout, pieces: Sequence[PieceSpec], *, is_new: bool) -> None:
+    """Everything but the payloads; new memory is zero already."""
+    for start, end in () if is_new else gaps(layout, pieces):
         memory[start:end] = bytes(end - start)
     for offset, data in layout.segments:
         memory[offset : offset + len(data)] = data
@@ -300,12 +295,6 @@ def _room() -> int:
     """Bytes that may still be lent."""
     promised = sum(max(0, g.capacity_bytes - os.fstat(g.fd).st_blocks * 512) for g in list(_alive))
     return available_memory() - promised
-
-
-def _touch(generations: Sequence[Generation], stop: threading.Event) -> None:
-    # From the last: the first copy goes into generation 0 at once, and the trainer brings those pages itself.
-    for generation in reversed(generations):
-        populate(generation.memory, stop)
 
 
 @cache

@@ -67,6 +67,8 @@ class AgentClient:
         self._is_closing = False
         self._is_forked = False
         self._arena: Arena | None = None
+        self._is_touched = False
+        self._touching = threading.Event()
         self._config = StoreConfig()
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._receive, name="ckptstore-agent-reader", daemon=True)
@@ -212,8 +214,9 @@ class AgentClient:
             close_fds(fds)
         arena = Arena(answer["layout_id"], tuple(answer["starts"]), generations, answer["image_bytes"])
         with self._lock:
-            self._arena = arena
-        threading.Thread(target=_populate, args=(generations,), name="ckptstore-touch", daemon=True).start()
+            self._touching.set()
+            self._arena, self._touching = arena, threading.Event()
+            self._is_touched = False
         return arena
 
     def reserve(self, timeout_s: float, *, save_id: str | None = None) -> int | None:
@@ -241,6 +244,16 @@ class AgentClient:
             TransientError: the agent was lost; whether it got the seal is unknown.
         """
         self._call("seal", generation=generation, seal=request.to_wire())
+        self._touch_others(generation)
+
+    def _touch_others(self, filled: int) -> None:
+        """After the first copy, which nothing may slow down: bring the pages of the other generations for theirs."""
+        with self._lock:
+            if self._arena is None or self._is_touched:
+                return
+            self._is_touched = True
+            others = [g for index, g in enumerate(self._arena.generations) if index != filled]
+        threading.Thread(target=_touch, args=(others, self._touching), name="ckptstore-touch", daemon=True).start()
 
     def discard(self, save_id: str, reason: str) -> bool:
         """Drop a save that isn't complete, on this node; False if it is complete and stays."""
@@ -333,6 +346,7 @@ class AgentClient:
         self._channel.shutdown()
         if threading.current_thread() is not self._reader:
             self._reader.join(5.0)
+        self._touching.set()
         self._arena = None
 
     # ------------------------------------------------------------------ inside
@@ -443,9 +457,11 @@ def _answer(channel: Channel) -> Json:
     return received[0]
 
 
-def _populate(generations: Sequence[mmap.mmap]) -> None:
+def _touch(generations: Sequence[mmap.mmap], stop: threading.Event) -> None:
+    with suppress(OSError, AttributeError):  # of this thread alone; training goes first
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     for memory in generations:
-        populate(memory)
+        populate(memory, stop)
 
 
 def _lost() -> TransientError:
