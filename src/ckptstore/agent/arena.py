@@ -49,12 +49,14 @@ class Arena:
         starts: first payload byte of each piece, in the order given to ``layout``.
         generations: one writable shared mapping for each generation; it may be longer than the image.
         image_bytes: length of the image.
+        is_on_disk: memory is short; copying goes as fast as the disk.
     """
 
     layout_id: str
     starts: tuple[int, ...]
     generations: tuple[mmap.mmap, ...]
     image_bytes: int = 0
+    is_on_disk: bool = False
 
 
 class State(str, Enum):
@@ -72,12 +74,13 @@ _budget = threading.Lock()
 
 @dataclass(eq=False)
 class Generation:
-    """One image's worth of shared memory. The descriptor closes with the object."""
+    """One image's worth of shared memory, or of the disk. The descriptor closes with the object."""
 
     index: int
     fd: int
     memory: mmap.mmap
     capacity_bytes: int
+    is_on_disk: bool = False
     state: State = State.FREE
     save_id: str | None = None
     holds: tuple[str, int] | None = None
@@ -94,6 +97,24 @@ class Generation:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
             os.ftruncate(fd, capacity_bytes)
             return cls(index, fd, mmap.mmap(fd, capacity_bytes), capacity_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def create_on_disk(cls, index: int, capacity_bytes: int, folder: Path) -> Generation:
+        """Where memory is short: a file without a name. Its pages leave memory as fast as the disk takes them.
+
+        Raises:
+            OSError: no room for it and for the checkpoint that will be made of it, or the file system can't.
+        """
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            status = os.fstatvfs(fd)
+            if status.f_bavail * status.f_frsize < 2 * capacity_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.posix_fallocate(fd, 0, capacity_bytes)  # later a full disk would be a SIGBUS in the trainer
+            return cls(index, fd, mmap.mmap(fd, capacity_bytes), capacity_bytes, is_on_disk=True)
         except BaseException:
             os.close(fd)
             raise
@@ -118,10 +139,12 @@ class Slot:
     Args:
         condition: the agent's; methods take it themselves.
         run, index: name of the slot.
+        folder: on the disk that stands in when memory is short; None: nothing does.
     """
 
-    def __init__(self, condition: threading.Condition, run: str, index: int) -> None:
+    def __init__(self, condition: threading.Condition, run: str, index: int, folder: Path | None = None) -> None:
         self.run = run
+        self._folder = folder
         self.index = index
         self.owner: object | None = None
         self.rank: int | None = None
@@ -148,7 +171,7 @@ class Slot:
         """Give the slot this layout and return its generations; waits until none of them is in use.
 
         Raises:
-            NoSpaceError: not even one generation fits into memory.
+            NoSpaceError: not even one generation fits into memory, nor onto the disk beside its checkpoint.
             TransientError: the generations were still in use after ``timeout_s``; trying again can help.
         """
         with self._configuring:
@@ -190,7 +213,7 @@ class Slot:
 
     def _resize(self, capacity: int, wanted: int) -> list[Generation]:
         """Reuse touched pages where the old size is near the new one, make new memory otherwise; returns the reused."""
-        del self.generations[wanted:]
+        self.generations = [g for g in self.generations[:wanted] if not g.is_on_disk]
         if self.generations and self.generations[0].capacity_bytes > 2 * capacity + (1 << 20):
             self.generations = []  # shrinking it would be a SIGBUS for whoever still has it mapped
         grown = []
@@ -207,16 +230,27 @@ class Slot:
                 if self.generations:
                     log.warning("memory for one generation only: %d bytes each, %d available", capacity, max(0, room))
                     break
-                raise NoSpaceError(
-                    f"staging needs {capacity} bytes of memory, {max(0, room)} are available",
-                    hint="give the job more memory, or use more ranks so that each holds less",
-                    needed_bytes=capacity,
-                    available_bytes=max(0, room),
-                )
+                self.generations.append(self._on_disk(capacity, room))
+                break
             self.generations.append(Generation.create(len(self.generations), capacity))
         for index, generation in enumerate(self.generations):
             generation.index = index
         return grown
+
+    def _on_disk(self, capacity: int, room: int) -> Generation:
+        try:
+            if self._folder is None:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            generation = Generation.create_on_disk(0, capacity, self._folder)
+        except OSError as error:
+            raise NoSpaceError(
+                f"staging needs {capacity} bytes of memory, {max(0, room)} are available; on disk: {error.strerror}",
+                hint="give the job more memory, or use more ranks so that each holds less",
+                needed_bytes=capacity,
+                available_bytes=max(0, room),
+            ) from None
+        log.warning("no memory for %d bytes, %d available: staging through the disk", capacity, max(0, room))
+        return generation
 
     def reserve(self, owner: object, timeout_s: float, save_id: str | None = None) -> int | None:
         """Take a FREE generation for filling; None if there is none within ``timeout_s``."""
@@ -268,7 +302,9 @@ class Slot:
             "layout_id": self.layout_id,
             "image_bytes": self.layout.image_bytes if self.layout is not None else 0,
             "capacity_bytes": sum(g.capacity_bytes for g in self.generations),
-            "generations": [{"state": g.state.value, "save_id": g.save_id} for g in self.generations],
+            "generations": [
+                {"state": g.state.value, "save_id": g.save_id, "is_on_disk": g.is_on_disk} for g in self.generations
+            ],
         }
 
 

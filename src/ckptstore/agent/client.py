@@ -212,7 +212,9 @@ class AgentClient:
             generations = tuple(mmap.mmap(fd, size) for fd, size in zip(fds, sizes, strict=True))
         finally:
             close_fds(fds)
-        arena = Arena(answer["layout_id"], tuple(answer["starts"]), generations, answer["image_bytes"])
+        arena = Arena(
+            answer["layout_id"], tuple(answer["starts"]), generations, answer["image_bytes"], answer["is_on_disk"]
+        )
         with self._lock:
             self._touching.set()
             self._arena, self._touching = arena, threading.Event()
@@ -249,7 +251,7 @@ class AgentClient:
     def _touch_others(self, filled: int) -> None:
         """After the first copy, which nothing may slow down: bring the pages of the other generations for theirs."""
         with self._lock:
-            if self._arena is None or self._is_touched:
+            if self._arena is None or self._arena.is_on_disk or self._is_touched:
                 return
             self._is_touched = True
             others = [g for index, g in enumerate(self._arena.generations) if index != filled]

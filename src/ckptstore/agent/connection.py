@@ -222,6 +222,7 @@ class Connection:
             "starts": layout.starts,
             "image_bytes": layout.image_bytes,
             "capacity_bytes": [g.capacity_bytes for g in generations],
+            "is_on_disk": any(g.is_on_disk for g in generations),
         }
         return answer, [os.dup(g.fd) for g in generations]
 

@@ -307,6 +307,8 @@ class Session:
         if self._arena is None:
             self._arena = self.client.layout(plan.pieces, timeout_s=self.config.back_pressure_timeout_s)
             self._stage = Stage(plan, self._arena.starts)
+            if self._arena.is_on_disk:
+                log.warning("memory is short: saves are staged through the disk and hold training up meanwhile")
         call.generation = self.client.reserve(timeout, save_id=call.save_id)
 
     def _lay_out(self, call: _Call, plan: Plan) -> bool:

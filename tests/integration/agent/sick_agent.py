@@ -1,6 +1,6 @@
-"""An agent in the foreground whose disk is slow or fails: the writer's block seam is replaced, all else is real.
+"""An agent in the foreground whose disk is slow or fails, or that finds no memory: one seam is replaced.
 
-Usage: sick_agent.py slow SECONDS | fail ERRNO COUNT ... then the agent's own arguments after ``--``.
+Usage: sick_agent.py slow SECONDS | fail ERRNO COUNT | poor ... then the agent's own arguments after ``--``.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ import os
 import sys
 import time
 
-from ckptstore.agent import disk
+from ckptstore.agent import arena, disk
 from ckptstore.agent.__main__ import main
 
 genuine = disk.write_block
 
 
 def install(kind: str, *values: str) -> None:
+    if kind == "poor":
+        arena._room = lambda: 1000
+        return
     left = [int(values[1]) if kind == "fail" else 0]
 
     def write_block(fd: int, block: memoryview, offset: int) -> int:

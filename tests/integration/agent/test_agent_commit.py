@@ -265,6 +265,18 @@ def test_a_layout_larger_than_memory_is_refused_naming_the_bytes(node: Node) -> 
     trainer.wait("local", trainer.save(1))
 
 
+def test_saves_go_through_the_disk_when_memory_is_short(node: Node) -> None:
+    node.sick_agent("poor")
+    trainer = node.trainer()
+    assert trainer.arena.is_on_disk
+    save_ids = [trainer.save(step) for step in (1, 2)]
+    for save_id in save_ids:
+        trainer.wait("local", save_id)
+    assert list(complete_saves(node.root)) == save_ids
+    [slot] = trainer.client.status()["slots"]
+    assert [generation["is_on_disk"] for generation in slot["generations"]] == [True]
+
+
 def test_stale_staging_is_swept_and_a_live_one_is_not(node: Node) -> None:
     tier = LocalTier(node.root)
     tier.create()

@@ -6,6 +6,8 @@ import mmap
 import os
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -155,6 +157,22 @@ def test_too_little_memory_is_refused_naming_the_bytes(slot: Slot, monkeypatch: 
     monkeypatch.undo()
     slot.configure(OWNER, PIECES, 2, 1)
     assert slot.reserve(OWNER, 0) == 0
+
+
+def test_the_disk_stands_in_where_memory_is_short_and_leaves_nothing(tmp_path: Path, caplog: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arena, "_room", lambda: 1000)
+        slot = Slot(threading.Condition(threading.RLock()), "run", 0, tmp_path)
+        slot.owner = OWNER
+        layout, [generation] = slot.configure(OWNER, PIECES, 2, 1)
+        assert generation.is_on_disk
+        assert "staging through the disk" in caplog.text
+        assert os.fstat(generation.fd).st_blocks * 512 >= layout.image_bytes, "a full disk would kill the trainer"
+        generation.memory[:5] = b"hello"
+        with pytest.raises(NoSpaceError, match="on disk: No space left on device"):
+            slot.configure(OWNER, [spec("a", 1 << 43)], 2, 1)
+    assert list(tmp_path.iterdir()) == []
+    assert not any(g.is_on_disk for g in slot.configure(OWNER, PIECES, 2, 1)[1]), "there is memory again"
 
 
 def test_memory_lent_but_not_yet_touched_is_counted(slot: Slot) -> None:
