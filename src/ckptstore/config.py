@@ -75,6 +75,9 @@ class StoreConfig(BaseModel):
     generations: Literal[1, 2] = 2
     """Arena generations per rank: with 2, a save can be taken while the previous one is still being written."""
 
+    agent_cpus: int | None = Field(default=None, ge=1)
+    """Most CPUs the node agent uses at a time; None: all, at the lowest priority. The newest to attach decides."""
+
     agent_idle_exit_seconds: float = Field(default=60.0, ge=0)
     """The node agent exits after this long without trainers and without work."""
 
@@ -83,6 +86,22 @@ class StoreConfig(BaseModel):
 
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port on 127.0.0.1 where the node agent serves Prometheus metrics; 0: a free one, see status; None: nowhere."""
+
+    hook_url: str | None = Field(default=None, repr=False)
+    """Where the node agent POSTs a JSON document when a save fails, uploads fail or lag, bytes are damaged, or the disk
+    fills: a URL, or ``"env:NAME"``, an environment variable of the trainer, since such URLs often hold a secret."""
+
+    hook_command: tuple[str, ...] | None = None
+    """A command the node agent runs then, with that document on its stdin; no shell."""
+
+    hook_timeout_s: float = Field(default=10.0, gt=0, le=300)
+    """Longest time for one try of a hook; it is killed then, and tried twice more."""
+
+    hook_lag_seconds: float = Field(default=1800.0, gt=0)
+    """Uploads that lag by more are told to the hooks."""
+
+    hook_repeat_seconds: float = Field(default=3600.0, ge=0)
+    """The same trouble is not told again within this time."""
 
     def __init__(self, **values: object) -> None:
         try:
@@ -93,6 +112,20 @@ class StoreConfig(BaseModel):
             raise ConfigError(
                 f"StoreConfig: {where}: {first['msg']}", hint="see the docstrings of ckptstore.StoreConfig", key=where
             ) from None
+
+    @field_validator("hook_url")
+    @classmethod
+    def _hook(cls, value: str | None) -> str | None:
+        if value is not None and re.match(r"https?://[^/\s]|env:[A-Za-z_]", value) is None:
+            raise ValueError("a hook is an http:// or https:// URL, or 'env:NAME'")
+        return value
+
+    @field_validator("hook_command")
+    @classmethod
+    def _command(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and not (value and value[0]):
+            raise ValueError("a command needs at least the program's name, as in ('/usr/local/bin/page-me',)")
+        return value
 
     @field_validator("upload_schedule")
     @classmethod

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ckptstore._version import __version__
+from ckptstore.agent import cpus
 from ckptstore.agent.jobs import Attachment, RunJobs
 from ckptstore.agent.protocol import (
     MAX_FDS,
@@ -191,8 +192,10 @@ class Connection:
         server.check_root()
         server.tier.make_run(run)
         server.idle_exit_seconds = config.agent_idle_exit_seconds
+        cpus.keep_to(config.agent_cpus)
         if config.metrics_port is not None:
             server.serve_metrics(config.metrics_port)
+        server.tell(config, request["environ"])
         self._jobs = server.jobs_of(run, config)
         self.attachment = self._jobs.attach(
             slot,

@@ -82,6 +82,16 @@ def test_starting_is_quick_and_idling_is_small(node: Node) -> None:
     assert "libtorch" not in modules
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs to use only one of them")
+def test_the_agent_keeps_to_its_cpu_budget(node: Node) -> None:
+    one = node.trainer(config=StoreConfig(agent_cpus=1))
+    one.wait("local", one.save(1))
+    threads = [int(thread) for thread in os.listdir(f"/proc/{one.client.agent_pid}/task")]
+    assert {len(os.sched_getaffinity(thread)) for thread in threads} == {1}
+    node.trainer()
+    assert os.sched_getaffinity(one.client.agent_pid) == os.sched_getaffinity(0)
+
+
 def test_nothing_of_the_trainer_is_inherited(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("MY_TOKEN", SECRET)
