@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+TEXT_FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(threadName)s %(message)s"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Be the agent of a root until there is nothing left to do. Exit code 11: another agent is there already."""
@@ -40,14 +42,12 @@ def _serve(args: argparse.Namespace) -> int:
     from ckptstore.agent.protocol import error_to_wire
     from ckptstore.agent.runtime import RuntimeDir, try_lock
     from ckptstore.agent.server import AgentServer
+    from ckptstore.logs import JsonFormatter, wants_json
 
     logging.Formatter.converter = time.gmtime
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s.%(msecs)03dZ %(levelname)s %(threadName)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if wants_json() else logging.Formatter(TEXT_FORMAT, "%Y-%m-%dT%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     log = logging.getLogger("ckptstore.agent")
     _be_nice()
     _be_small()

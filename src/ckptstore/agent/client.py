@@ -138,7 +138,7 @@ class AgentClient:
                     slot=slot,
                     rank=rank,
                     remotes=dict(remotes),
-                    environ=dict(environ),
+                    environ={**environ, **_hook_environment(config)},
                     config=config.model_dump(mode="json"),
                 )
             except TransientError:
@@ -428,6 +428,12 @@ class AgentClient:
         self._is_forked = self._is_lost = self._is_closing = True
         self._lock = threading.Lock()
         self._channel.close()
+
+
+def _hook_environment(config: StoreConfig) -> dict[str, str]:
+    """The variable that ``hook_url="env:NAME"`` names."""
+    name = (config.hook_url or "").removeprefix("env:")
+    return {name: os.environ[name]} if name != config.hook_url and name in os.environ else {}
 
 
 def _hello(channel: Channel, *, make_room: bool) -> Json | None:

@@ -15,16 +15,17 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptstore.agent.arena import Generation, Slot, State
+from ckptstore.agent.disk import Abandoned
 from ckptstore.agent.protocol import Event, SealRequest
 from ckptstore.agent.runtime import RuntimeDir
 from ckptstore.agent.uploader import Uploader, brief
-from ckptstore.agent.writer import Abandoned, Image, Written, write_part
+from ckptstore.agent.writer import Image, Written, write_part
 from ckptstore.clock import Clock, parse_rfc3339, rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CheckpointNotFoundError, CkptError, ConfigError, SaveFailedError, StorageError
 from ckptstore.format.manifest import RootManifest, Summary, canonical
 from ckptstore.format.stock import Layout, PieceSpec
-from ckptstore.repo import commit, names, timings
+from ckptstore.repo import commit, journal, names, timings
 from ckptstore.repo.local import LocalTier
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptstore.agent")
 
+#: What the notes beside a checkpoint tell of its upload.
+SENT_NOTES = ("sent_bytes", "stored_bytes", "reused_bytes", "by_codec", "rests_on")
 #: Dropped saves remembered, so that a rank that seals late is told why.
 _REMEMBERED = 256
 
@@ -50,6 +53,8 @@ class Attachment:
     send: Callable[[Event], None]
     is_gone: Callable[[], bool]
     rank: int | None = None
+    last: tuple[str, int] | None = None
+    """save_id and step of its last seal."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ class RunJobs:
         self._jobs: dict[str, SaveJob] = {}
         self._dropped: dict[str, CkptError] = {}
         self._lost_slots: set[int] = set()
+        self._dead_jobs: set[str] = set()
 
     # ------------------------------------------------------------------ attachments
 
@@ -152,7 +158,7 @@ class RunJobs:
         """Make a connection the owner of a slot. Newest wins: slot, configuration, remotes and credentials."""
         with self._condition:
             self.config = config
-            where = self.slots.setdefault(slot, Slot(self._condition, self.run, slot))
+            where = self.slots.setdefault(slot, Slot(self._condition, self.run, slot, self._tier.root))
             if isinstance(where.owner, Attachment):
                 # If it lives it has the memory mapped, and may be in the middle of a copy.
                 self._vacate(where, is_gone=where.owner.is_gone())
@@ -190,6 +196,18 @@ class RunJobs:
             if attachment.slot.owner is attachment:
                 self._vacate(attachment.slot, is_gone=is_gone, was_closed=was_closed)
             self._condition.notify_all()
+        if is_gone and not was_closed and attachment.last is not None:
+            self._note_death(attachment.rank, *attachment.last)
+
+    def _note_death(self, rank: int | None, save_id: str, step: int) -> None:
+        """For people: this job ended without a goodbye. Its first rank speaks for it."""
+        nonce, _ = names.split_save_id(save_id)
+        with self._condition:
+            if nonce in self._dead_jobs:
+                return
+            self._dead_jobs.add(nonce)
+        record = {"time": rfc3339(self._clock.now()), "ended": "lost", "job": nonce, "rank": rank, "step": step}
+        journal.append(self._tier, self.run, "jobs", [record])
 
     def _vacate(self, slot: Slot, *, is_gone: bool, was_closed: bool = False) -> None:
         owner = slot.owner
@@ -241,7 +259,7 @@ class RunJobs:
         if event.kind == "remote":
             data = event.data
             lag = (self._clock.now() - parse_rfc3339(data["summary"]["created_at"])).total_seconds()
-            spans = {"lag": lag, "sent_bytes": data["sent_bytes"], "stored_bytes": data["stored_bytes"]}
+            spans = {"lag": lag, **{name: data[name] for name in SENT_NOTES if name in data}}
             timings.note(self._tier, self.run, event.save_id, {f"remote {data['remote']}": spans})
 
     # ------------------------------------------------------------------ sealing
@@ -288,6 +306,7 @@ class RunJobs:
             generation.holds = request.save_id, request.rank
             job.parts[request.rank] = Part(request, generation, layout, who.slot.pieces)
             who.rank = who.slot.rank = request.rank
+            who.last = request.save_id, request.step
             if job.missing:
                 lost = [r for r in job.missing if self._is_lost(self._slot_of(job, r))]
                 if lost:
@@ -324,7 +343,8 @@ class RunJobs:
             part.generation.free()
         self._remember(job.save_id, error)
         self._condition.notify_all()
-        log.warning("save %s of %s, step %d, dropped: %s", job.save_id, self.run, job.step, error.message)
+        said = {"run": self.run, "step": job.step, "save_id": job.save_id, "event": "dropped"}
+        log.warning("save %s of %s, step %d, dropped: %s", job.save_id, self.run, job.step, error.message, extra=said)
         self.emit(Event.failure(error, save_id=job.save_id, step=job.step, level="staged"))
         return error
 
@@ -409,7 +429,8 @@ class RunJobs:
                 part.generation.free()
             self._condition.notify_all()
         if failure is not None:
-            log.error("save %s of %s, step %d, failed: %s", job.save_id, self.run, job.step, failure)
+            said = {"run": self.run, "step": job.step, "save_id": job.save_id, "event": "failed"}
+            log.error("save %s of %s, step %d, failed: %s", job.save_id, self.run, job.step, failure, extra=said)
             self.emit(Event.failure(failure, save_id=job.save_id, step=job.step, level=level))
         elif written is not None:
             self._written(job, written)
@@ -420,6 +441,13 @@ class RunJobs:
             "%s save %s of %s, step %d: %d bytes, written in %.3f s, committed in %.3f s",
             "prepared" if written.root is None else "committed",
             *(job.save_id, self.run, job.step, size, written.timing["write"], written.timing["commit"]),
+            extra={
+                "run": self.run,
+                "step": job.step,
+                "save_id": job.save_id,
+                "event": "prepared" if written.root is None else "committed",
+                "bytes": size,
+            },
         )
         if written.root is not None:
             self.completed(written.root)

@@ -34,8 +34,9 @@ from ckptstore.errors import ConfigError, StorageError, TransientError
 #: What an agent may inherit. Credentials are not among it: they come over the socket, per run, and stay in memory.
 #: HOME lets an SDK find its own profile files; proxies are left out because their URLs carry passwords.
 ENVIRONMENT = (
-    "AWS_CA_BUNDLE", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LOGNAME", "PATH", "PYTHONHOME", "PYTHONPATH",
-    "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV", "XDG_RUNTIME_DIR",
+    "AWS_CA_BUNDLE", "CKPTSTORE_LOG_FORMAT", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LOGNAME", "PATH",
+    "PYTHONHOME", "PYTHONPATH", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE", "TMPDIR", "TZ", "USER",
+    "VIRTUAL_ENV", "XDG_RUNTIME_DIR",
 )  # fmt: skip
 
 #: sun_path's size; longer socket paths are reached through a descriptor of their directory.

@@ -10,13 +10,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptstore._version import __version__
 from ckptstore.agent.connection import Connection, peer_pid
-from ckptstore.agent.jobs import RunJobs
+from ckptstore.agent.jobs import RunJobs, Watcher
 from ckptstore.agent.protocol import PROTOCOL
 from ckptstore.agent.runtime import RuntimeDir, listen
 from ckptstore.clock import SYSTEM_CLOCK, Clock, new_nonce
@@ -27,6 +28,7 @@ from ckptstore.repo import names
 from ckptstore.repo.local import LocalTier
 
 if TYPE_CHECKING:
+    from ckptstore.agent.hooks import Hooks
     from ckptstore.agent.metrics import Metrics
 
 log = logging.getLogger("ckptstore.agent")
@@ -39,6 +41,8 @@ STALE_SECONDS = 120.0
 #: An agent that nobody has spoken to yet stays at least this long.
 FIRST_CONTACT_SECONDS = 10.0
 MAX_CONNECTIONS = 1024
+#: Time for the last words to the hooks.
+HOOK_SECONDS = 10.0
 
 
 class AgentServer:
@@ -76,7 +80,9 @@ class AgentServer:
         self._is_leaving = False
         self._leave_when_done = False
         self._next_root_check = self._next_sweep = self._begun
+        self._watchers: list[Watcher] = []
         self._metrics: Metrics | None = None
+        self._hooks: Hooks | None = None
 
     # ------------------------------------------------------------------ life
 
@@ -178,6 +184,8 @@ class AgentServer:
         deadline = time.monotonic() + 5.0
         for uploader in uploaders:
             uploader.join(max(0.0, deadline - time.monotonic()))
+        if self._hooks is not None:
+            self._hooks.close(HOOK_SECONDS)
         for connection in list(self._connections):
             connection.shutdown()
 
@@ -238,8 +246,7 @@ class AgentServer:
             if jobs is None:
                 jobs = self.runs[run] = RunJobs(self.condition, self.tier, self._directory, run, config, self.clock)
                 self._next_sweep = 0.0
-                if self._metrics is not None:
-                    jobs.watchers.append(self._metrics)
+                jobs.watchers += self._watchers
             return jobs
 
     def serve_metrics(self, port: int) -> None:
@@ -255,9 +262,26 @@ class AgentServer:
         with self.condition:
             if self._metrics is None:
                 self._metrics = Metrics(self.status, self._root)
-                for jobs in self.runs.values():
-                    jobs.watchers.append(self._metrics)
+                self._watch(self._metrics)
         self._metrics.serve(port)
+
+    def tell(self, config: StoreConfig, environ: Mapping[str, str]) -> None:
+        """Call the hooks this trainer asks for, from now on; the newest trainer that asks for any decides."""
+        from ckptstore.agent.hooks import Hooks, Targets
+
+        if (targets := Targets.of(config, environ)) is None:
+            return
+        with self.condition:
+            if self._hooks is None:
+                self._hooks = Hooks(self.status, self._root, self.clock)
+                self._watch(self._hooks)
+        self._hooks.aim(targets)
+
+    def _watch(self, watcher: Watcher) -> None:
+        """Let it hear of every run's saves."""
+        self._watchers.append(watcher)
+        for jobs in self.runs.values():
+            jobs.watchers.append(watcher)
 
     def _all_runs(self) -> list[RunJobs]:
         with self.condition:
