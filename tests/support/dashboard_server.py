@@ -56,10 +56,10 @@ class Served:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/"
 
-    def get(self, path: str = "/", method: str = "GET", **headers: str) -> Answer:
+    def get(self, path: str = "/", method: str = "GET", body: str | None = None, **headers: str) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
-            connection.request(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+            connection.request(method, path, body, headers={k.replace("_", "-"): v for k, v in headers.items()})
             answer = connection.getresponse()
             return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
         finally:
@@ -77,21 +77,22 @@ def served(store: str, remote: str | None = None, *, remote_seconds: float = 0.5
 
     place = open_place(store, remote)
     source = Source(place, remote_seconds=remote_seconds)
-    listener = _listen("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(source, store=store, **options), log_level="error", lifespan="off", ws="none")
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
-        yield Served(listener.getsockname()[1], source)
+        app = create_app(source, store=store, **options)
+        listener = _listen("127.0.0.1", 0)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield Served(listener.getsockname()[1], source)
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            listener.close()
     finally:
-        server.should_exit = True
-        thread.join(10)
         source.close()
-        listener.close()
         place.close()
 
 
@@ -137,7 +138,14 @@ def write_run(folder: Path, run: str, saves: int, *, pushed: int | None = None, 
         timings.note(tier, run, save_id, {"ranks": {"0": {"reserve": 0.01, "copy": 0.2}}, "write": 0.5, "commit": 0.1})
         if pushed is None or number <= pushed:
             result = push(tier, path, run, remote, config=StoreConfig())
-            spans = {"lag": 2.0, "sent_bytes": result.sent_bytes, "stored_bytes": result.stored_bytes}
+            spans = {
+                "lag": 2.0,
+                "sent_bytes": result.sent_bytes,
+                "stored_bytes": result.stored_bytes,
+                "reused_bytes": result.reused_bytes,
+                "by_codec": {codec: list(sizes) for codec, sizes in result.bytes_by_codec.items()},
+                "rests_on": list(result.rests_on),
+            }
             timings.note(tier, run, save_id, {"remote file": spans})
 
 

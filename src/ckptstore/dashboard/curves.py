@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+from ckptstore.dashboard import marks
 from ckptstore.dashboard.source import RunView
 from ckptstore.errors import FormatError
 from ckptstore.format import tree
@@ -49,6 +50,8 @@ def series(view: RunView) -> dict[str, Any]:
     infos = view.infos
     names = metric_names(infos)
     best = {name: found.save_id for name in names if (found := best_of(view.line, name)) is not None}
+    resumes = marks.resumes(view)
+    parents = {resume["save_id"] for resume in resumes}
     return {
         "run": view.run,
         "revision": view.revision,
@@ -56,12 +59,12 @@ def series(view: RunView) -> dict[str, Any]:
         "epoch": [info.epoch for info in infos],
         "time": [info.created_at.timestamp() for info in infos],
         "save_id": [info.save_id for info in infos],
-        "flags": ["".join(_flags(info)) for info in infos],
+        "flags": ["".join(_flags(info, parents)) for info in infos],
         "tags": {info.save_id: list(info.tags) for info in infos if info.tags},
         "metrics": {name: [_value(info, name) for info in infos] for name in names},
         "best": best,
         "direction": {name: "highest" if higher_is_better(name) else "lowest" for name in names},
-        "starts": _starts(infos),
+        "resumes": resumes,
         "steps_per_second": _rates(infos),
     }
 
@@ -71,28 +74,18 @@ def _value(info: CheckpointInfo, name: str) -> float | str | None:
     return None if value is None else json_number(value)
 
 
-def _flags(info: CheckpointInfo) -> Iterator[str]:
-    """p: pinned, e: emergency, s: superseded, d: damaged in a tier."""
+def _flags(info: CheckpointInfo, parents: Collection[str]) -> Iterator[str]:
+    """p: pinned, e: emergency, r: a job resumed from it, s: superseded, d: damaged in a tier."""
     if info.pinned:
         yield "p"
     if info.emergency:
         yield "e"
+    if info.save_id in parents:
+        yield "r"
     if info.superseded:
         yield "s"
     if "damaged" in info.tiers.values():
         yield "d"
-
-
-def _starts(infos: Sequence[CheckpointInfo]) -> list[dict[str, Any]]:
-    """Where a job's first save is: a start, or a resume."""
-    seen: set[str] = set()
-    found = []
-    for info in infos:
-        job = info.save_id.partition("-")[0]
-        if job not in seen:
-            seen.add(job)
-            found.append({"step": info.step, "timeline": info.timeline, "time": info.created_at.timestamp()})
-    return found
 
 
 def _rates(infos: Sequence[CheckpointInfo]) -> list[float | None]:

@@ -1,7 +1,8 @@
 """Who may look, and what a page may do: one layer around every answer.
 
 A browser that visits a hostile page can be made to call 127.0.0.1. So the Host must be one of ours (no DNS rebinding),
-an Origin must be this Host, only GET and HEAD exist, and with a token nothing but the token's holder gets an answer.
+an Origin must be this Host, and with a token nothing but the token's holder gets an answer. Only GET and HEAD exist;
+where actions are allowed also POST, which must bring the token, and from a browser an Origin that is this Host.
 The content policy allows our own scripts and styles and no inline ones; one nonce covers the single style element that
 Plotly puts its rules into.
 """
@@ -51,13 +52,23 @@ class Guard:
         hosts: names under which the dashboard may be addressed; None: any, which only a token makes safe.
         token: what visitors must bring: once as ``?token=``, then in a cookie; or as a Bearer token.
         prefix: path below which a proxy serves the dashboard without taking it off, such as ``/ckpt``.
+        allow_actions: let POST through.
     """
 
-    def __init__(self, app: App, *, hosts: frozenset[str] | None, token: str | None, prefix: str = "") -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        hosts: frozenset[str] | None,
+        token: str | None,
+        prefix: str = "",
+        allow_actions: bool = False,
+    ) -> None:
         self._app = app
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         self._token = token
         self._prefix = prefix.rstrip("/")
+        self._methods = ("GET", "HEAD", "POST") if allow_actions and token is not None else ("GET", "HEAD")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,7 +112,7 @@ class Guard:
     # ------------------------------------------------------------------ inside
 
     def _refuse(self, scope: Scope, headers: dict[bytes, str]) -> tuple[int, str] | None:
-        if scope["method"] not in ("GET", "HEAD"):
+        if scope["method"] not in self._methods:
             return 405, "the dashboard only reads"
         host = headers.get(b"host", "")
         if self._hosts is not None and _name_of(host) not in self._hosts:
@@ -109,8 +120,11 @@ class Guard:
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return 403, "another site may not read this dashboard"
+        if scope["method"] == "POST" and origin is None and not self._is_bearer(headers):
+            return 403, "an action must come from a page of this dashboard, or bring the token as a Bearer token"
         site = headers.get(b"sec-fetch-site")
-        if site in ("cross-site", "same-site") and headers.get(b"sec-fetch-mode") != "navigate":
+        is_visit = headers.get(b"sec-fetch-mode") == "navigate" and scope["method"] != "POST"
+        if site in ("cross-site", "same-site") and not is_visit:
             return 403, "another site may not read this dashboard"
         return None
 
@@ -118,14 +132,17 @@ class Guard:
         assert self._token is not None
         return hmac.compare_digest(given.encode(), self._token.encode())
 
+    def _is_bearer(self, headers: dict[bytes, str]) -> bool:
+        kind, _, bearer = headers.get(b"authorization", "").partition(" ")
+        return kind.lower() == "bearer" and self._is_token(bearer.strip())
+
     def _cookie_value(self) -> str:
         """Not the token itself: cookies are shared by all ports of a host."""
         assert self._token is not None
         return hmac.new(self._token.encode(), b"ckptstore dashboard cookie", hashlib.sha256).hexdigest()
 
     def _may_look(self, headers: dict[bytes, str]) -> bool:
-        kind, _, bearer = headers.get(b"authorization", "").partition(" ")
-        if kind.lower() == "bearer" and self._is_token(bearer.strip()):
+        if self._is_bearer(headers):
             return True
         try:
             cookie = SimpleCookie(headers.get(b"cookie", "")).get(COOKIE)

@@ -1,23 +1,40 @@
-"""One HTML file that says how a run went: it opens anywhere, without the store, a server or a network."""
+"""What a run looks like at one moment, to keep or to send: one HTML file that opens anywhere, or its facts."""
 
 from __future__ import annotations
 
 import json
 import secrets
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from ckptstore.dashboard import curves, detail, safety, storage, table
-from ckptstore.dashboard.app import content, environment, style_ids
+from ckptstore.dashboard import curves, detail, marks, plan, safety, storage, table
+from ckptstore.dashboard.assets import content, environment, style_ids
+from ckptstore.dashboard.costs import Bill, Costs
 from ckptstore.dashboard.source import RunView, Source
 from ckptstore.errors import CkptError
+from ckptstore.ops.settings import Settings
 
 #: Rows of the table; curves have all checkpoints.
 TABLE_ROWS = 300
 
 
-def render(source: Source, run: str, *, store: str, now: datetime) -> str:
-    """The report of a run, about 5 MB, most of it Plotly.
+@dataclass(frozen=True)
+class Facts:
+    """Everything a report speaks of."""
+
+    view: RunView
+    safety: safety.Safety
+    plans: list[plan.TierPlan]
+    series: dict[str, Any]
+    live: dict[str, Any]
+    storage: dict[str, Any]
+    now: datetime
+    store: str
+
+
+def gather(source: Source, run: str, *, store: str, now: datetime) -> Facts:
+    """The facts of a run.
 
     Args:
         source: where to look; waits for its remotes.
@@ -40,12 +57,22 @@ def render(source: Source, run: str, *, store: str, now: datetime) -> str:
         looks=source.looks(run),
         disk=source.disk(),
         store=store,
+        read_back_at=source.journals.read_back_at(run),
     )
-    shown = table.make(view, {})
-    best = {row.info.save_id: row.best_for for row in shown.rows}
+    plans = plan.plans(view, source.journals.rules(run), source.journals.well_read(run))
+    live = marks.live(view, source.journals)
+    return Facts(view, found, plans, curves.series(view), live, storage.series(view), now, store)
+
+
+def render(source: Source, run: str, *, store: str, now: datetime) -> str:
+    """The report as HTML, about 5 MB, most of it Plotly. Arguments and errors as of :func:`gather`."""
+    facts = gather(source, run, store=store, now=now)
+    view, metrics = facts.view, curves.metric_names(facts.view.infos)
+    best = table.best_for(view, metrics)
     data = {
-        "series.json": curves.series(view),
-        "storage.json": storage.series(view),
+        "series.json": facts.series,
+        "storage.json": facts.storage,
+        "live.json": facts.live,
         "history.json": _history(source, view),
     }
     return (
@@ -53,15 +80,17 @@ def render(source: Source, run: str, *, store: str, now: datetime) -> str:
         .get_template("report.html")
         .render(
             view=view,
-            safety=found,
+            safety=facts.safety,
             now=now,
             store=store,
             tiers=storage.tiers(view),
-            forecast=storage.forecast(view, source.disk()),
-            metrics=curves.metric_names(view.infos),
+            forecast=storage.forecast(view, source.disk(), facts.plans),
+            savings=storage.savings(view),
+            plans=facts.plans,
+            bills=_bills(source, run),
+            metrics=metrics,
             rows=[
-                table.Row(i, best.get(i.save_id, ()), table.stored_bytes(view, i.save_id))
-                for i in view.line[-TABLE_ROWS:][::-1]
+                table.row(view, info, best.get(info.save_id, ()), facts.plans) for info in view.line[-TABLE_ROWS:][::-1]
             ],
             num_rows=len(view.line),
             nonce=secrets.token_urlsafe(16),
@@ -69,9 +98,14 @@ def render(source: Source, run: str, *, store: str, now: datetime) -> str:
             css=_inline(content("app.css").decode(), "style"),
             plotly=_inline(content("plotly.min.js").decode(), "script"),
             charts=_inline(content("charts.js").decode(), "script"),
+            training=_inline(content("training.js").decode(), "script"),
             data=_packed(data),
         )
     )
+
+
+def _bills(source: Source, run: str) -> list[Bill]:
+    return Costs(Settings.read().prices()).count(run, source.tiers(run).remotes)
 
 
 def _history(source: Source, view: RunView) -> dict[str, Any]:

@@ -21,6 +21,8 @@ Verdict = Literal["safe", "at risk", "not safe", "empty", "looking"]
 OVERDUE_INTERVALS = 3.0
 #: An upload that lags by more than this, and by more than a few intervals, is news.
 LAG_SECONDS = 600.0
+#: Checkpoints that nobody has read back for so long are worth a word.
+READ_BACK_SECONDS = 7 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def assess(
     looks: Sequence[RemoteLook],
     disk: tuple[int, int] | None,
     store: str,
+    read_back_at: datetime | None = None,
 ) -> Safety:
     """The answer for one run.
 
@@ -134,6 +137,7 @@ def assess(
         looks: how fresh the remotes' parts are.
         disk: free and total bytes.
         store: as a person would type it after ``ckptctl -s``.
+        read_back_at: when a checkpoint was last read back whole, as far as it was noted here.
     """
     said = agent_run or {}
     ranks = tuple(said.get("ranks_attached", ()))
@@ -143,7 +147,13 @@ def assess(
     interval = usual_interval(line)
     levels = _levels(view, said, now, is_training=is_training)
     alarms = _Alarms(view, store, now, interval).all(
-        agent=agent, said=said, uploads=uploads, looks=looks, disk=disk, is_training=is_training, levels=levels
+        agent=agent,
+        said=said,
+        uploads=uploads,
+        looks=looks,
+        disk=disk,
+        is_training=is_training,
+        read_back_at=read_back_at,
     )
     return Safety(
         run=view.run,
@@ -228,13 +238,14 @@ class _Alarms:
         looks: Sequence[RemoteLook],
         disk: tuple[int, int] | None,
         is_training: bool,
-        levels: Sequence[Level],
+        read_back_at: datetime | None,
     ) -> list[Alarm]:
         self._damage()
         self._remotes(looks, uploads, agent)
         self._disk(disk)
         self._saving(said, is_training)
         self._newest()
+        self._read_back(read_back_at)
         if self._view.has_local and not self._view.remote_names and self._view.line:
             self._add(
                 "info",
@@ -358,6 +369,19 @@ class _Alarms:
                 f"{count(number, 'save')} begun but never completed",
                 "parts of other nodes are missing; such saves are never loaded",
                 f"{self._ctl} list --all",
+            )
+
+    def _read_back(self, at: datetime | None) -> None:
+        """A checkpoint nobody has ever read is a hope. Said for runs that are old enough to have something to lose."""
+        first = self._view.infos[0].created_at if self._view.infos else self._now
+        since = at if at is not None else first
+        if self._view.has_local and (self._now - since).total_seconds() > READ_BACK_SECONDS:
+            never = f"no checkpoint was read back for {human_seconds((self._now - since).total_seconds())}"
+            self._add(
+                "info",
+                never if at is not None else "no checkpoint of this run was ever read back whole, as far as noted here",
+                "a drill restores one into scratch, checks every byte, and says how long a recovery takes",
+                f"{self._ctl} drill" if self._view.remote_names else f"{self._ctl} verify --read-data",
             )
 
     def _newest(self) -> None:

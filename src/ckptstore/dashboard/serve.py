@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ckptstore.dashboard.app import create_app
 from ckptstore.dashboard.guard import LOOPBACK_HOSTS, MIN_TOKEN_LENGTH, is_loopback
 from ckptstore.dashboard.source import Source
 from ckptstore.errors import CkptError, ConfigError
 from ckptstore.ops.open import Place
+from ckptstore.ops.settings import PRICES
 
 
 def serve(
@@ -21,6 +22,8 @@ def serve(
     token: str | None,
     allowed_hosts: tuple[str, ...] = (),
     prefix: str = "",
+    allow_actions: bool = False,
+    prices: Mapping[str, float] = PRICES,
     announce: Callable[[str], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM.
@@ -32,6 +35,8 @@ def serve(
         token: what visitors must bring; needed unless ``host`` is this machine only.
         allowed_hosts: further names the dashboard may be addressed by.
         prefix: path that a proxy leaves in front.
+        allow_actions: whoever has the token may pin, unpin and verify.
+        prices: dollars, for what a bucket costs.
         announce: called with the address once it answers.
 
     Raises:
@@ -52,7 +57,13 @@ def serve(
     source = Source(place)
     try:
         app = create_app(
-            source, store=store, hosts=None if everywhere and not allowed_hosts else hosts, token=token, prefix=prefix
+            source,
+            store=store,
+            hosts=None if everywhere and not allowed_hosts else hosts,
+            token=token,
+            prefix=prefix,
+            allow_actions=allow_actions,
+            prices=prices,
         )
         _warm(source)
         shown = f"[{host}]" if ":" in host else host

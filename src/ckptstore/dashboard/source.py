@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from ckptstore.clock import SYSTEM_CLOCK, Clock
 from ckptstore.dashboard.agents import AgentWatch, Uploading
+from ckptstore.dashboard.journals import Journals
 from ckptstore.dashboard.tiers import RememberedLocal, RememberedRemote
 from ckptstore.errors import CheckpointNotFoundError, CkptError
 from ckptstore.ops.open import Place, RunTiers
@@ -119,6 +120,7 @@ class Source:
         self.clock = clock
         self.local = None if place.local is None else RememberedLocal(place.local.root, clock)
         self.agent = AgentWatch(None if place.local is None else place.local.root, clock)
+        self.journals = Journals(self.local)
         self._remote_seconds = remote_seconds
         self._remotes: dict[str, tuple[RememberedRemote, ...]] = {}
         self._remote_runs: tuple[str, ...] | None = None if place.blobs else ()
@@ -204,6 +206,12 @@ class Source:
         view = self._update(run)
         self._read_notes(run)
         return view
+
+    def look_again(self, run: str) -> None:
+        """Something of this run was changed from here: pages shall not show what was."""
+        self._prints.pop(run, None)
+        self._update(run)
+        self._kick.set()
 
     def notes_of(self, run: str, save_id: str) -> dict[str, Any]:
         """Where the time of one save went, as noted by now."""

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ckptstore.dashboard.plan import TierPlan
 from ckptstore.dashboard.safety import usual_interval
 from ckptstore.dashboard.source import RunView
 from ckptstore.dashboard.table import stored_bytes
+
+#: Encodings in words.
+SAVERS = {
+    "unchanged": "unchanged: referenced, not sent again",
+    "delta": "deltas against an earlier checkpoint",
+    "derived": "low-precision copies of their masters",
+    "planes": "byte planes, compressed",
+    "zstd": "compressed",
+    "raw": "sent as they are",
+}
 
 
 @dataclass(frozen=True)
@@ -37,13 +49,38 @@ class TierBytes:
 
 @dataclass(frozen=True)
 class Forecast:
-    """When the disk is full if checkpoints go on at the usual pace and nothing is deleted."""
+    """When the disk is full if checkpoints go on at the usual pace and nothing is deleted.
+
+    Attributes:
+        growth_bytes: what this run's checkpoints can still grow by under its retention; None if that has no end.
+    """
 
     free_bytes: int
     total_bytes: int
     checkpoint_bytes: int
     num_more: int | None
     seconds: float | None
+    growth_bytes: int | None = None
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the retention keeps the run within the disk for good; one more is there while an old one goes."""
+        return self.growth_bytes is not None and self.growth_bytes + self.checkpoint_bytes <= self.free_bytes
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How the uploaded checkpoints came to fewer bytes than they have.
+
+    Attributes:
+        kind: what did it.
+        plain_bytes: tensor bytes it dealt with.
+        stored_bytes: what they took in the bucket.
+    """
+
+    kind: str
+    plain_bytes: int
+    stored_bytes: int
 
 
 def tiers(view: RunView) -> list[TierBytes]:
@@ -70,7 +107,7 @@ def _spans(view: RunView, save_id: str, remote: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def forecast(view: RunView, disk: tuple[int, int] | None) -> Forecast | None:
+def forecast(view: RunView, disk: tuple[int, int] | None, plans: Sequence[TierPlan] = ()) -> Forecast | None:
     """None without a local tier."""
     if disk is None:
         return None
@@ -78,7 +115,32 @@ def forecast(view: RunView, disk: tuple[int, int] | None) -> Forecast | None:
     size = view.line[-1].size_bytes if view.line else 0
     more = free // size if size else None
     interval = usual_interval(view.line)
-    return Forecast(free, total, size, more, None if more is None or interval is None else more * interval)
+    most = next((plan.most_bytes for plan in plans if plan.tier == "local"), None)
+    held = sum(info.size_bytes for info in view.line if info.tiers.get("local") == "complete")
+    growth = None if most is None else max(0, most - held)
+    return Forecast(free, total, size, more, None if more is None or interval is None else more * interval, growth)
+
+
+def savings(view: RunView) -> list[Saving]:
+    """What was referenced instead of sent, and each encoding's share, over all uploads noted here; largest first."""
+    plain: dict[str, int] = {}
+    stored: dict[str, int] = {}
+    for notes in view.notes.copy().values():
+        for name in view.remote_names:
+            spans = notes.get(f"remote {name}")
+            if not isinstance(spans, dict):
+                continue
+            reused = spans.get("reused_bytes")
+            if isinstance(reused, int) and reused > 0:
+                plain["unchanged"] = plain.get("unchanged", 0) + reused
+                stored.setdefault("unchanged", 0)
+            codecs = spans.get("by_codec")
+            for codec, sizes in (codecs if isinstance(codecs, dict) else {}).items():
+                if isinstance(sizes, list) and len(sizes) == 2 and all(isinstance(size, int) for size in sizes):
+                    plain[codec] = plain.get(codec, 0) + sizes[0]
+                    stored[codec] = stored.get(codec, 0) + sizes[1]
+    found = [Saving(SAVERS.get(kind, kind), size, stored[kind]) for kind, size in plain.items()]
+    return sorted(found, key=lambda one: one.stored_bytes - one.plain_bytes)
 
 
 def series(view: RunView) -> dict[str, Any]:

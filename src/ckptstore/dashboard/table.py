@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptstore.dashboard.curves import best_of, metric_names
+from ckptstore.dashboard.plan import TierPlan, reasons, rests_on
 from ckptstore.dashboard.source import RunView
 from ckptstore.types import CheckpointInfo
 
@@ -32,11 +33,25 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint, with what the run says about it."""
+    """One checkpoint, with what the run says about it.
+
+    Attributes:
+        reasons: why it stays, if the rules are known.
+        rests_on: steps of the checkpoints whose packs it needs on the remote, as far as noted here.
+    """
 
     info: CheckpointInfo
     best_for: tuple[str, ...]
     stored_bytes: int | None
+    reasons: tuple[str, ...] = ()
+    rests_on: tuple[int, ...] = ()
+
+    @property
+    def ratio(self) -> float | None:
+        """Uploaded over plain."""
+        return (
+            self.stored_bytes / self.info.size_bytes if self.stored_bytes is not None and self.info.size_bytes else None
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,7 @@ class Table:
         sort, descending: the order in force.
         page, num_pages: from 1.
         num_rows: over all pages.
+        has_reasons: whether the retention is known.
     """
 
     columns: tuple[Column, ...]
@@ -59,9 +75,10 @@ class Table:
     num_rows: int
     query: str
     show: str
+    has_reasons: bool
 
 
-def make(view: RunView, parameters: Mapping[str, str]) -> Table:
+def make(view: RunView, parameters: Mapping[str, str], plans: Sequence[TierPlan] = ()) -> Table:
     """The page these query parameters ask for; what they don't make sense of is ignored."""
     show = parameters.get("show", "line")
     infos = view.line if show != "all" else view.infos
@@ -81,16 +98,12 @@ def make(view: RunView, parameters: Mapping[str, str]) -> Table:
             infos.reverse()
     num_pages = max(1, -(-len(infos) // PAGE_ROWS))
     page = min(max(1, _integer(parameters.get("page", "1"))), num_pages)
-    best: dict[str, list[str]] = {}
-    for name in metrics:
-        found = best_of(view.line, name)
-        if found is not None:
-            best.setdefault(found.save_id, []).append(name)
+    best = best_for(view, metrics)
     shown = infos[(page - 1) * PAGE_ROWS : page * PAGE_ROWS]
     return Table(
         columns=(Column("step", "Step"), Column("epoch", "Epoch"), Column("age", "Saved"), Column("size", "Size")),
         metrics=tuple(metrics),
-        rows=tuple(Row(i, tuple(best.get(i.save_id, ())), stored_bytes(view, i.save_id)) for i in shown),
+        rows=tuple(row(view, info, best.get(info.save_id, ()), plans) for info in shown),
         sort=sort,
         descending=descending,
         page=page,
@@ -98,7 +111,24 @@ def make(view: RunView, parameters: Mapping[str, str]) -> Table:
         num_rows=len(infos),
         query=query,
         show="all" if show == "all" else "line",
+        has_reasons=bool(plans),
     )
+
+
+def best_for(view: RunView, metrics: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """save_id -> the metrics by which it is the best of its line."""
+    best: dict[str, tuple[str, ...]] = {}
+    for name in metrics:
+        found = best_of(view.line, name)
+        if found is not None:
+            best[found.save_id] = (*best.get(found.save_id, ()), name)
+    return best
+
+
+def row(view: RunView, info: CheckpointInfo, best_for: tuple[str, ...], plans: Sequence[TierPlan]) -> Row:
+    """One checkpoint."""
+    needed = [view.by_id[one].step for one in rests_on(view, info.save_id) if one in view.by_id]
+    return Row(info, best_for, stored_bytes(view, info.save_id), reasons(plans, info), tuple(sorted(set(needed))))
 
 
 def stored_bytes(view: RunView, save_id: str) -> int | None:

@@ -23,6 +23,7 @@ class Cost:
         stored_dollars_per_month: for keeping them.
         put_dollars: what writing them has cost, once.
         restore_dollars: for reading everything once from outside the cloud.
+        restore_gets: requests that this takes.
     """
 
     remote: str
@@ -31,6 +32,7 @@ class Cost:
     stored_dollars_per_month: float
     put_dollars: float
     restore_dollars: float
+    restore_gets: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -40,6 +42,7 @@ class Cost:
             "stored_dollars_per_month": round(self.stored_dollars_per_month, 6),
             "put_dollars": round(self.put_dollars, 6),
             "restore_dollars": round(self.restore_dollars, 6),
+            "restore_gets": self.restore_gets,
         }
 
 
@@ -60,4 +63,5 @@ def cost(remote: RemoteTier, prices: Mapping[str, float]) -> Cost:
         stored_dollars_per_month=stored / GIB * prices["stored_gib_month"],
         put_dollars=len(sizes) / 1000 * prices["put_thousand"],
         restore_dollars=gets / 1000 * prices["get_thousand"] + stored / GIB * prices["egress_gib"],
+        restore_gets=gets,
     )

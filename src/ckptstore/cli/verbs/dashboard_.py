@@ -18,26 +18,36 @@ from ckptstore.cli.output import note
 @click.option(
     "--allow-host", multiple=True, metavar="NAME", help="A name the dashboard is reached by, as behind a proxy."
 )
+@click.option("--allow-actions", is_flag=True, help="Whoever has the token may pin, unpin and verify checkpoints.")
 @click.option("--prefix", default="", metavar="/PATH", help="Path that a proxy leaves in front of ours.")
 @store_argument
 def command(
-    settings: Settings, host: str, port: int, need_token: bool, allow_host: tuple[str, ...], prefix: str
+    settings: Settings,
+    host: str,
+    port: int,
+    need_token: bool,
+    allow_host: tuple[str, ...],
+    allow_actions: bool,
+    prefix: str,
 ) -> None:
-    """Show in a browser whether training is safe, how it goes, and what is stored. Reads only; needs no trainer.
+    """Show in a browser whether training is safe, how it goes, and what is stored. Needs no trainer.
 
-    An address that others can reach needs a token: CKPTSTORE_DASHBOARD_TOKEN, or one that is made up and printed.
+    Reads only, unless --allow-actions is given. That, and an address that others can reach, needs a token:
+    CKPTSTORE_DASHBOARD_TOKEN, or one that is made up and printed.
 
     \b
     Examples:
       ckptctl dashboard /data/ckpt
       ckptctl dashboard /data/ckpt --remote s3://bucket/prefix --port 0
+      ckptctl dashboard /data/ckpt --allow-actions
       ckptctl dashboard s3://bucket/prefix --host 0.0.0.0 --allow-host node7
     """
     from ckptstore.dashboard.guard import is_loopback, new_token
     from ckptstore.dashboard.serve import serve
+    from ckptstore.ops.settings import Settings as Sources
 
     token = os.environ.get("CKPTSTORE_DASHBOARD_TOKEN") or None
-    if token is None and (need_token or not is_loopback(host)):
+    if token is None and (need_token or allow_actions or not is_loopback(host)):
         token = new_token()
 
     def announce(address: str) -> None:
@@ -54,5 +64,7 @@ def command(
             token=token,
             allowed_hosts=allow_host,
             prefix=prefix,
+            allow_actions=allow_actions,
+            prices=Sources.read().prices(),
             announce=announce,
         )

@@ -84,6 +84,7 @@
         const body = await answer.json().catch(() => ({}));
         throw new Error(body.error || `answer ${answer.status}`);
       }
+      if (answer.status === 304) document.dispatchEvent(new CustomEvent("ckptstore:looked"));
       failures = 0;
       say("ok", "live");
     } catch (error) {

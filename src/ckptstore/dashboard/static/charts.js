@@ -1,6 +1,6 @@
 // Charts. Names come from training scripts: every one is escaped before Plotly, which understands a little HTML, sees it.
 "use strict";
-(() => {
+const Charts = (() => {
   const byId = (id) => document.getElementById(id);
   const safe = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -42,116 +42,7 @@
     return { body, isNew: true };
   };
 
-  // ---------------------------------------------------------------- training
-  const smoothed = (values, weight) => {
-    let last = null, debt = 1;
-    return values.map((value) => {
-      if (value === null || !Number.isFinite(value) || !weight) return value;
-      last = last === null ? (1 - weight) * value : weight * last + (1 - weight) * value;
-      debt *= weight;
-      return last / (1 - debt);
-    });
-  };
-  const axisOf = (data, axis) => (axis === "time" ? data.time.map((t) => new Date(t * 1000)) : data[axis]);
   const colors = () => ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6"].map(style);
-  const MARKS = [
-    ["best", "star", "--safe", (d, i, m) => d.best[m] === d.save_id[i]],
-    ["pinned", "diamond", "--warn", (d, i) => d.flags[i].includes("p")],
-    ["emergency", "x", "--bad", (d, i) => d.flags[i].includes("e")],
-    ["damaged", "circle-x-open", "--bad", (d, i) => d.flags[i].includes("d")],
-  ];
-  const training = (all) => {
-    const metric = byId("metric").value, axis = byId("axis").value, weight = Number(byId("smooth").value);
-    const isComputed = metric === "steps_per_second" && byId("metric").selectedOptions[0]?.dataset.computed !== undefined;
-    const showOld = byId("old").checked, several = all.length > 1, palette = colors(), traces = [], shapes = [];
-    const sentences = [];
-    all.forEach((data, index) => {
-      const raw = ((isComputed ? data.steps_per_second : data.metrics[metric]) || []).map(number);
-      const x = axisOf(data, axis), color = palette[index % palette.length];
-      const at = (keep) => raw.map((_, i) => i).filter((i) => raw[i] !== null && keep(i));
-      const line = at((i) => !data.flags[i].includes("s"));
-      const name = several ? safe(data.run) : "";
-      const text = (i) => `<b>${safe(data.run)}</b> step ${data.step[i]}<br>${safe(metric)} ${raw[i]}${(data.tags[data.save_id[i]] || []).map((t) => `<br>${safe(t)}`).join("")}`;
-      const put = (rows, values, more) => traces.push({
-        type: "scatter", x: rows.map((i) => x[i]), y: values, text: rows.map(text), hoverinfo: "text", customdata: rows.map((i) => [index, data.save_id[i]]), ...more,
-      });
-      const plain = line.map((i) => raw[i]);
-      const mode = line.length > 400 ? "lines" : "lines+markers";
-      if (weight) put(line, plain, { mode: "lines", line: { color, width: 1 }, opacity: 0.3, showlegend: false, hoverinfo: "skip" });
-      put(line, smoothed(plain, weight), { mode, name: name || safe(metric), line: { color, width: 2 }, marker: { size: 5 } });
-      if (showOld) {
-        const old = at((i) => data.flags[i].includes("s"));
-        if (old.length) put(old, old.map((i) => raw[i]), { mode: "markers", name: "superseded", marker: { color: style("--muted"), size: 6, symbol: "circle-open" } });
-      }
-      for (const [word, symbol, variable, test] of MARKS) {
-        const rows = line.filter((i) => test(data, i, metric));
-        if (rows.length) put(rows, rows.map((i) => raw[i]), { mode: "markers", name: word, legendgroup: word, showlegend: !several || index === 0, marker: { symbol, size: 12, color: style(variable), line: { width: 1, color: style("--card") } } });
-      }
-      if (!several && axis !== "epoch") data.starts.slice(1).slice(-60).forEach((start) => shapes.push({
-        type: "line", xref: "x", yref: "paper", x0: axis === "time" ? new Date(start.time * 1000) : start.step, x1: axis === "time" ? new Date(start.time * 1000) : start.step, y0: 0, y1: 1, line: { color: style("--muted"), width: 1, dash: "dot" },
-      }));
-      const last = line.at(-1);
-      const best = line.find((i) => data.best[metric] === data.save_id[i]);
-      sentences.push(last === undefined ? `${data.run}: no value of ${metric}.` : `${data.run}: ${line.length} values of ${metric}, last ${raw[last].toPrecision(4)} at step ${data.step[last]}` + (best === undefined ? "." : `, best (${data.direction[metric]}) ${raw[best].toPrecision(4)} at step ${data.step[best]}.`) + (!several && data.starts.length > 1 ? ` Dotted lines: ${data.starts.length - 1} resumes.` : ""));
-    });
-    byId("curve-title").textContent = `${isComputed ? "Steps per second between checkpoints" : metric} per checkpoint`;
-    byId("curve-words").textContent = sentences.join(" ");
-    return draw("curve", traces, {
-      shapes, showlegend: traces.length > 1, uirevision: `${metric} ${axis}`,
-      xaxis: { title: { text: axis } }, yaxis: { title: { text: safe(metric) }, type: byId("log").checked ? "log" : "linear" },
-    });
-  };
-
-  const history = ({ histories, trouble, save_id: id }) => {
-    const words = byId("history-words");
-    if (trouble) { words.textContent = `They can't be read: ${trouble}`; return; }
-    if (!histories.length) { words.textContent = id ? "This checkpoint holds no lists of numbers, such as a loss history." : "No checkpoint yet."; return; }
-    const shown = histories.slice(0, 6), palette = colors();
-    words.textContent = `From the state itself, finer than one value per checkpoint: ${shown.map((h) => `${h.name} (${h.length})`).join(", ")}${histories.length > 6 ? `, and ${histories.length - 6} more` : ""}.`;
-    const weight = Number(byId("smooth").value);
-    draw("history", shown.map((one, index) => ({
-      type: "scatter", mode: "lines", name: safe(one.name), x: one.x, y: smoothed(one.y.map(number), weight), line: { color: palette[index], width: 1.5 }, hoverinfo: "x+y", visible: index === 0 || one.axis === shown[0].axis ? true : "legendonly",
-    })), { showlegend: true, xaxis: { title: { text: shown[0].axis } }, yaxis: { type: byId("log").checked ? "log" : "linear" } });
-  };
-
-  const startTraining = () => {
-    let all = [], lists = null;
-    const chosen = () => [...(byId("with")?.selectedOptions || [])].map((o) => o.value);
-    const redraw = () => { if (all.length) training(all); if (lists) history(lists); };
-    const fill = (names) => {
-      const select = byId("metric"), have = new Set([...select.options].map((o) => o.value));
-      for (const name of names) if (!have.has(name)) { const option = new Option(name, name); select.insertBefore(option, select.querySelector("[data-computed]")); if (select.options.length === 2) select.value = name; }
-    };
-    const load = async () => {
-      try {
-        const urls = ["series.json", ...chosen().map((name) => `../${encodeURIComponent(name)}/series.json`)];
-        const [kept, ...answers] = await Promise.all([get("history.json"), ...urls.map(get)]);
-        const isNew = answers.some((a) => a.isNew) || answers.length !== all.length;
-        all = answers.map((a) => a.body);
-        fill(Object.keys(all[0].metrics));
-        if (isNew) training(all);
-        if (kept.isNew) { lists = kept.body; history(lists); }
-      } catch (error) { byId("curve-words").textContent = `Curves can't be loaded: ${error.message}`; }
-    };
-    byId("smooth").addEventListener("input", () => { byId("smooth-value").textContent = byId("smooth").value; redraw(); });
-    for (const id of ["metric", "axis", "log", "old"]) byId(id).addEventListener("change", redraw);
-    byId("with")?.addEventListener("change", () => {
-      const url = new URL(location.href);
-      url.searchParams.delete("with");
-      chosen().forEach((name) => url.searchParams.append("with", name));
-      window.history.replaceState(null, "", url);
-      load();
-    });
-    byId("tools").addEventListener("submit", (event) => event.preventDefault());
-    byId("zoom").addEventListener("click", () => Plotly.relayout("curve", { "xaxis.autorange": true, "yaxis.autorange": true }));
-    byId("png").addEventListener("click", () => Plotly.downloadImage("curve", { format: "png", width: 1200, height: 600, filename: document.title.split(" ")[0].replace(/:$/, "") }));
-    document.addEventListener("ckptstore:theme", redraw);
-    document.addEventListener("ckptstore:changed", load);
-    load().then(() => !packed && byId("curve").on?.("plotly_click", ({ points }) => {
-      const [index, id] = points[0].customdata;
-      location.href = `${index ? `../${encodeURIComponent(all[index].run)}/` : ""}checkpoint/${id}/`;
-    }));
-  };
 
   // ---------------------------------------------------------------- one checkpoint
   const STAGES = ["reserve", "plan", "copy", "write", "commit", "upload"];
@@ -217,7 +108,7 @@
     document.addEventListener("ckptstore:changed", load);
     load();
   };
-  if (byId("curve")) startTraining();
   if (byId("waterfall")) start("waterfall", "detail.json", checkpoint);
   if (byId("held")) start("held", "storage.json", stored);
+  return { byId, safe, style, number, draw, get, packed, colors };
 })();
