@@ -28,18 +28,28 @@ def say(word: str, **facts: object) -> None:
 class Count(torch.optim.Optimizer):
     """Adds one to every element: a state that tells which step it is of."""
 
-    def __init__(self, model: nn.Module, break_at: int) -> None:
+    def __init__(self, model: nn.Module, break_at: int, worker_dies_at: int) -> None:
         super().__init__(model.parameters(), {})
-        self.break_at = break_at
+        self.break_at, self.worker_dies_at = break_at, worker_dies_at
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         with torch.no_grad():
             for number, parameter in enumerate(self.param_groups[0]["params"]):
-                if number == 1 and self.state.setdefault(parameter, {}).get("n", 0) + 1 == self.break_at:
+                step = self.state.setdefault(parameter, {}).get("n", 0) + 1
+                if number == 1 and step == self.break_at:
                     raise RuntimeError("broke in the middle of a step")
+                if number == 1 and step == self.worker_dies_at:
+                    kill_a_worker()
                 parameter.add_(1.0)
                 self.state.setdefault(parameter, {}).setdefault("n", 0)
                 self.state[parameter]["n"] += 1
+
+
+def kill_a_worker() -> None:
+    """Returns once it is dead, and this process has been told."""
+    worker = multiprocessing.active_children()[0]
+    worker.kill()
+    worker.join()
 
 
 def stuck_in_c() -> None:
@@ -63,13 +73,14 @@ def main() -> None:
     parser.add_argument("--then", choices=["sleep", "c", "raise", "child", "end"], default="end")
     parser.add_argument("--break-at", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--worker-dies-at", type=int, default=0, help="in the middle of this optimizer step")
     parser.add_argument("--own-handler", action="store_true")
     parser.add_argument("--no-save-on-exception", action="store_true")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     model = nn.ParameterList([torch.zeros(args.elements), torch.zeros(args.elements)])
-    optimizer = Count(model, args.break_at)
+    optimizer = Count(model, args.break_at, args.worker_dies_at)
     if args.own_handler:
         signal.signal(signal.SIGTERM, lambda number, frame: say("own handler", number=number))
     before = signal.getsignal(signal.SIGTERM)
@@ -103,7 +114,7 @@ def main() -> None:
             if step == args.at:
                 say("then", step=step)
                 if args.then == "sleep":
-                    time.sleep(60)
+                    time.sleep(600)
                 elif args.then == "c":
                     stuck_in_c()
                 elif args.then == "raise":
@@ -112,7 +123,7 @@ def main() -> None:
                     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
                     child.start()
                     child.terminate()
-                    child.join(5)
+                    child.join()
                     say("child", code=child.exitcode)
                 else:
                     break

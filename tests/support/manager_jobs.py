@@ -50,7 +50,7 @@ def signalled(rank: int, folder: Path, victim: int, step_s: float) -> tuple[int 
     except Preempted as preempted:
         code = int(preempted.code or 0)
     took = time.monotonic() - sent
-    return code, max(m._safety.steps.values(), default=-1), took, done
+    return code, max(m._block._parts.safety.steps.values(), default=-1), took, done
 
 
 def timed(rank: int, folder: Path) -> list[int]:
@@ -113,7 +113,7 @@ def bereaved(rank: int, folder: Path) -> tuple[int | None, float, int]:
                     os.kill(os.getpid(), signal.SIGTERM)
     except Preempted as preempted:
         code = int(preempted.code or 0)
-    return code, time.monotonic() - sent, m._safety.steps.get("local", -1)
+    return code, time.monotonic() - sent, m._block._parts.safety.steps.get("local", -1)
 
 
 def resized(rank: int, folder: Path, resume: bool) -> tuple[Any, list[float]]:
@@ -142,6 +142,6 @@ def overhead(rank: int, folder: Path, step_s: float, steps: int) -> tuple[float,
             began = time.perf_counter()
             m.step(step)
             spent.append(time.perf_counter() - began)
-        every = m._desk.every if m._desk else 0
+        every = m._agenda.every if m._agenda else 0
     settled = spent[steps // 3 :]
     return float(np.median(settled)), float(np.mean(settled)), every

@@ -12,16 +12,23 @@ from torch.optim import Optimizer
 
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.optimizers import unwrapped
+from ckptstore.manager.children import ChildWatch
 
 
 class OptimizerGuard:
     """Counts optimizer steps, and knows while one is under way: a state in the middle of one must not be saved.
 
+    From the first optimizer's step until the loop says that its step is complete (:meth:`mark`), deaths of children are
+    held back: what belongs to a step, such as the scheduler's, is then done as well.
+
     Hooks are on the optimizers between :meth:`watch` and :meth:`release`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, children: ChildWatch) -> None:
+        self._children = children
+        self._is_holding = False
         self._counts: dict[int, int] = {}
+        self._per_mark = 0
         self._inside: set[int] = set()
         self._handles: list[Any] = []
 
@@ -41,28 +48,45 @@ class OptimizerGuard:
             handle.remove()
         self._handles.clear()
         self._counts.clear()
+        self._let_go()
 
     def mark(self) -> None:
         """A step of the training loop is complete."""
         if self._counts:
+            self._per_mark = min(self._counts.values())
             self._counts = dict.fromkeys(self._counts, 0)
+        self._let_go()
 
     def completed(self) -> int | None:
-        """Whole steps since the last mark: 0 or 1; None if the state is torn in the middle of one."""
+        """Whole steps since the last mark; None if the state is torn in the middle of one."""
         if self._inside:
             return None
-        done = {count > 0 for count in self._counts.values()}
-        if len(done) > 1:
+        counts = self._counts.values()
+        if counts and not all(counts) and any(counts):
             return None  # some optimizers have stepped, others have not
-        return int(True in done)
+        return min(counts, default=0)
+
+    def reached(self, step: int, previous: int | None, completed: int) -> int:
+        """The loop's own number for the step it is at, ``completed`` optimizer steps after ``step``."""
+        if previous is None or not self._per_mark:
+            return step + completed
+        return step + completed * (step - previous) // self._per_mark
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not self._is_holding:
+            self._children.hold()
+            self._is_holding = True
         self._inside.add(id(optimizer))
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._inside.discard(id(optimizer))
         if id(optimizer) in self._counts:
             self._counts[id(optimizer)] += 1
+
+    def _let_go(self) -> None:
+        if self._is_holding:
+            self._is_holding = False
+            self._children.release()
 
 
 def all_are_here(agreement: Agreement, step: int, timeout_s: float) -> bool:

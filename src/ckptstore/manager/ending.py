@@ -7,21 +7,15 @@ import signal as signals
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from ckptstore.errors import CkptError, Preempted, SaveFailedError, SaveTimeoutError
-from ckptstore.manager.emergency import OptimizerGuard, all_are_here
-from ckptstore.manager.progress import Progress
-from ckptstore.manager.safety import Safety, command
+from ckptstore.manager.emergency import all_are_here
+from ckptstore.manager.parts import Parts
+from ckptstore.manager.safety import command
 from ckptstore.manager.saving import Occasion, Saver
-from ckptstore.manager.scalars import Scalars
 from ckptstore.manager.signals import SignalWatch
-from ckptstore.manager.tracking import Tracked
-from ckptstore.manager.voice import Voice
-from ckptstore.store import CheckpointStore, SaveHandle
-
-Phase = Literal["outside", "inside", "ending"]
+from ckptstore.store import SaveHandle
 
 #: Kept of the grace for printing, unwinding and exiting.
 EXIT_RESERVE_S = 0.5
@@ -32,23 +26,8 @@ AFTER_EXCEPTION_S = 5.0
 TAG_EXCEPTION = "exception"
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What an ending needs of the manager."""
-
-    store: CheckpointStore
-    owns_store: bool
-    saver: Saver
-    tracked: Tracked
-    progress: Progress
-    safety: Safety
-    scalars: Scalars
-    voice: Voice
-    guard: OptimizerGuard
-
-
 def stop(
-    parts: Parts, signal: int, metrics: Mapping[str, Any] | None, remaining_s: float, *, can_save: bool
+    parts: Parts, saver: Saver, signal: int, metrics: Mapping[str, Any] | None, remaining_s: float, *, can_save: bool
 ) -> NoReturn:
     """Save, wait for the disk, then for as much upload as fits, say what is safe where, and end. Collective."""
     until = time.monotonic() + remaining_s - EXIT_RESERVE_S
@@ -57,7 +36,7 @@ def stop(
     step = progress.step or 0
     try:
         if can_save and not progress.is_saved(step):
-            parts.saver.save(Occasion(step, progress.epoch, metrics, is_emergency=True, reason=f"{name} arrived"))
+            saver.save(Occasion(step, progress.epoch, metrics, is_emergency=True, reason=f"{name} arrived"))
     except CkptError as error:
         parts.voice.say(f"the emergency save failed: {error}", logging.ERROR)
     _wait(parts, progress.handle, until)
@@ -69,7 +48,7 @@ def stop(
     raise Preempted(128 + signal, text)
 
 
-def rescue(parts: Parts, error: BaseException, grace_s: float) -> None:
+def rescue(parts: Parts, saver: Saver, error: BaseException, grace_s: float) -> None:
     """Save before an exception ends the job, if the state is whole and all ranks are here. Never raises.
 
     Whatever is said of what is safe, the save before has first had its time to reach the disk.
@@ -84,7 +63,7 @@ def rescue(parts: Parts, error: BaseException, grace_s: float) -> None:
         _wait(parts, progress.handle, until, is_remote=False)
         say(f"{what} in the middle of an optimizer step: not saved; {parts.safety.sentence()}", logging.ERROR)
         return
-    step = progress.step + done * max(1, progress.step - (progress.previous_step or progress.step - 1))
+    step = parts.guard.reached(progress.step, progress.previous_step, done)
     try:
         if not progress.is_saved(step):
             agreement = parts.store.agreement
@@ -93,7 +72,7 @@ def rescue(parts: Parts, error: BaseException, grace_s: float) -> None:
                 say(f"{what} on this rank, others did not stop: not saved; {parts.safety.sentence()}", logging.ERROR)
                 return
             occasion = Occasion(step, progress.epoch, tags=(TAG_EXCEPTION,), is_emergency=True, reason=what)
-            parts.saver.save(occasion)
+            saver.save(occasion)
         _wait(parts, progress.handle, until, is_remote=False)
         say(f"{what} after step {step}: {parts.safety.sentence()}; {command()}", logging.ERROR)
     except Exception as failure:  # whatever goes wrong here must not hide the first exception

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from ckptstore.clock import SYSTEM_CLOCK, rfc3339
 from ckptstore.errors import CkptError, NotFoundError
 from ckptstore.manager.voice import Voice
 from ckptstore.policy.retention import Decision, Retention
+from ckptstore.repo import journal
 from ckptstore.repo.catalog import LOCAL, Catalog
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.remote import RemoteTier
@@ -45,6 +47,7 @@ class Keeper:
         self._lock = threading.Lock()
         #: remote's name -> saves known to be there
         self._there: dict[str, set[str]] = {name: set() for name in remotes}
+        self._has_told = False
         self.verified: set[str] = set()
         self.save_bytes = 0
         self.kept = 0
@@ -89,6 +92,7 @@ class Keeper:
             self._voice.warn(f"retention could not look at the local tier: {error}")
             return
         self._note(decision)
+        self._tell()
         self.kept = len(decision.keep)
         for info in decision.drop:
             try:
@@ -131,6 +135,13 @@ class Keeper:
             self._voice.warn(f"retention on {name} failed, and is tried again after the next save: {error}")
         finally:
             blob.close()
+
+    def _tell(self) -> None:
+        """Put the rules into the journal, where whoever looks at the run finds the reasons."""
+        if not self._has_told:
+            self._has_told = True
+            rules = {"local": asdict(self._local), "remote": asdict(self._remote)}
+            journal.append(self._tier, self._run, "rules", [{"time": rfc3339(SYSTEM_CLOCK.now()), **rules}])
 
     def _note(self, decision: Decision) -> None:
         if decision.note is not None:

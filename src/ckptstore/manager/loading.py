@@ -17,14 +17,10 @@ from ckptstore.errors import (
 )
 from ckptstore.manager import compare, resume, rng
 from ckptstore.manager.files import file_bytes
-from ckptstore.manager.keeper import Keeper
-from ckptstore.manager.progress import Progress
+from ckptstore.manager.parts import Parts
 from ckptstore.manager.resume import Candidates, ResumePoint
-from ckptstore.manager.safety import Safety
 from ckptstore.manager.tracking import OWN_KEY, Tracked
-from ckptstore.manager.voice import Voice
 from ckptstore.repo.catalog import Catalog
-from ckptstore.store import CheckpointStore
 from ckptstore.types import CheckpointInfo, StepLike
 
 _DAMAGED = (IntegrityError, FormatError, IncompleteCheckpointError, CheckpointNotFoundError)
@@ -33,19 +29,9 @@ _DAMAGED = (IntegrityError, FormatError, IncompleteCheckpointError, CheckpointNo
 class Loading:
     """The way back of one job. Its methods are Collective."""
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        progress: Progress,
-        *,
-        keeper: Keeper | None,
-        safety: Safety,
-        voice: Voice,
-        monitor: str | None,
-        mode: str,
-    ) -> None:
-        self._store, self._progress, self._keeper = store, progress, keeper
-        self._safety, self._voice = safety, voice
+    def __init__(self, parts: Parts, *, monitor: str | None, mode: str) -> None:
+        self._store, self._progress, self._keeper = parts.store, parts.progress, parts.keeper
+        self._safety, self._voice = parts.safety, parts.voice
         self._monitor, self._mode = monitor, mode
 
     def exists(self) -> bool:

@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import re
-import signal as signals
-import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ckptstore.config import StoreConfig
-from ckptstore.errors import ConfigError, SaveFailedError
-from ckptstore.manager import ending
+from ckptstore.errors import ConfigError
 from ckptstore.manager import resume as resuming
-from ckptstore.manager.emergency import OptimizerGuard
+from ckptstore.manager.agenda import Agenda
+from ckptstore.manager.block import Block
 from ckptstore.manager.grace import end_of_allocation, grace_of
-from ckptstore.manager.keeper import Keeper
+from ckptstore.manager.live import Live
 from ckptstore.manager.loading import Loading
-from ckptstore.manager.news import NOTHING, News, NewsDesk
-from ckptstore.manager.progress import Progress
+from ckptstore.manager.options import check_signals, default_policy, open_store, remote_retention
+from ckptstore.manager.parts import Parts
 from ckptstore.manager.resume import ResumePoint
-from ckptstore.manager.safety import Safety
 from ckptstore.manager.saving import Occasion, OnFailure, Saver
 from ckptstore.manager.scalars import Scalars, SummaryWriter
-from ckptstore.manager.signals import SignalWatch
 from ckptstore.manager.tracking import Tracked
-from ckptstore.manager.voice import Voice, is_first_rank, print_line
-from ckptstore.policy import AnyOf, BeforeEnd, EveryEpochs, EverySeconds, EverySteps, OnSignal, SavePolicy
+from ckptstore.manager.voice import Voice
+from ckptstore.policy import SavePolicy
 from ckptstore.policy.retention import BEST, Retention
 from ckptstore.store import CheckpointStore, SaveHandle
 from ckptstore.types import StepLike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_NOT_IN_RUN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
-#: Before a known end of the allocation, one save is taken this many graces ahead.
-END_GRACES = 2.0
 
 
 class CheckpointManager:
@@ -106,7 +96,7 @@ class CheckpointManager:
         on_save_failure: OnFailure = "warn",
         max_save_failures: int = 5,
     ) -> None:
-        if (save_dir is None) == (store is None):
+        if save_dir is not None and store is not None:
             raise ConfigError("a manager takes either save_dir or store", hint='CheckpointManager("checkpoints")')
         if store is not None and any(each is not None for each in (run, remote, config, process_group)):
             raise ConfigError(
@@ -115,67 +105,36 @@ class CheckpointManager:
             )
         if on_save_failure not in ("warn", "raise", "stop") or max_save_failures < 1:
             raise ConfigError('on_save_failure is "warn", "raise" or "stop"; max_save_failures is >= 1')
-        self._owns_store = store is None
         self._resume = resuming.check_mode(resume)
-        self._signals = check_signals(save_on_signal)
         self._grace_s = grace_of(grace_seconds, os.environ)
         self._end = end_of_allocation(os.environ)
         self._policy = policy or default_policy(
             save_every_steps, save_every_seconds, save_freq, (self._grace_s if self._end else None)
         )
-        self._saves_on_exception = save_on_exception
         retention = Retention(keep_last, keep_best, keep_every_steps, monitor, mode)
-        self.store = store or CheckpointStore(
-            save_dir,
-            remote if remote is not None else os.environ.get("CKPTSTORE_REMOTE") or None,
-            run=run_name(run, model_name),
-            config=config,
-            process_group=process_group,
+        remote_rules = remote_retention(keep_remote, retention)
+        names = check_signals(save_on_signal)
+        self.store = store or open_store(
+            save_dir, run=run, model_name=model_name, remote=remote, config=config, process_group=process_group
         )
         self.point = ResumePoint()
-        self._voice = Voice(logger)
-        self._tracked = Tracked()
-        self._progress = Progress()
-        self._safety = Safety()
-        self._scalars = Scalars(summary_writer)
-        self._guard = OptimizerGuard()
-        self._watch: SignalWatch | None = None
-        self._desk: NewsDesk | None = None
-        self._state: ending.Phase = "outside"
-        keeper = (
-            Keeper(
-                self.store.local,
-                self.store.remotes,
-                self.store.run,
-                local=retention,
-                remote=remote_retention(keep_remote, retention),
-                voice=self._voice,
-                forget=self.store.forget,
-            )
-            if self.store.local is not None
-            else None
-        )
-        self._saver = Saver(
+        parts = Parts.of(
             self.store,
-            self._tracked,
-            self._progress,
-            keeper=keeper,
-            retention=retention,
-            safety=self._safety,
-            scalars=self._scalars,
-            voice=self._voice,
-            on_failure=on_save_failure,
-            max_failures=max_save_failures,
+            Scalars(summary_writer),
+            Voice(logger),
+            owns_store=store is None,
+            local=retention,
+            remote=remote_rules,
         )
-        self._loading = Loading(
-            self.store,
-            self._progress,
-            keeper=keeper,
-            safety=self._safety,
-            voice=self._voice,
-            monitor=monitor,
-            mode=mode,
+        self._tracked, self._progress, self._voice = parts.tracked, parts.progress, parts.voice
+        self._scalars, self._children, self._guard = parts.scalars, parts.children, parts.guard
+        self._saver = Saver(parts, on_failure=on_save_failure, max_failures=max_save_failures)
+        self._loading = Loading(parts, monitor=monitor, mode=mode)
+        self._block = Block(
+            parts, self._saver, names=names, grace_s=self._grace_s, saves_on_exception=save_on_exception
         )
+        self._agenda: Agenda | None = None
+        self._live = Live(self.store.local, self.store.run, lambda: self._tracked.optimizers)
 
     def __repr__(self) -> str:
         return f"CheckpointManager({self.store!r}, tracked={self._tracked.names}, step={self._progress.step})"
@@ -193,7 +152,7 @@ class CheckpointManager:
             StateError: something can't be kept; names it and what to track instead.
         """
         self._tracked.add(objects)
-        if self._state == "inside":
+        if self._block.phase == "inside":
             self._guard.watch(self._tracked.optimizers)
         return self
 
@@ -281,7 +240,8 @@ class CheckpointManager:
         Args:
             step: Optimizer steps done.
             epoch: The epoch this step belongs to.
-            metrics: Name -> one number; only read when a save is taken, so a loss tensor may be passed as it is.
+            metrics: Name -> one number; only read when a save is taken, so a loss tensor may be passed as it is. Plain
+                numbers, and tensors on the host, also show in the dashboard as they come, about one a second.
 
         Returns:
             The save that was taken, or None.
@@ -290,16 +250,21 @@ class CheckpointManager:
             Preempted: after the emergency save that SIGTERM or SIGUSR1 asked for. KeyboardInterrupt after SIGINT.
             SaveFailedError: as ``on_save_failure`` says.
         """
-        self._progress.advance(step, epoch)
-        self._guard.mark()
-        signal, reason = self._news()
-        if signal is not None:
-            self._stop(signal, metrics)
-        handle: SaveHandle | None = None
-        if reason is not None and not self._progress.is_saved(step):
-            handle = self._save(Occasion(step, self._progress.epoch, metrics, reason=reason))
-        self._scalars.flush()
-        return handle
+        with self._children:
+            self._progress.advance(step, epoch)
+            self._guard.mark()
+            agenda = self._agenda or self._begin()
+            block = self._block
+            signal, reason = agenda.at_step(block.pending, is_watching=block.watch is not None)
+            if signal is not None:
+                block.stop(signal, metrics, can_save=agenda.can_save)
+            handle: SaveHandle | None = None
+            if reason is not None and not self._progress.is_saved(step):
+                handle = self._save(Occasion(step, self._progress.epoch, metrics, reason=reason))
+            self._scalars.flush()
+            if self.store.agreement.rank == 0:
+                self._live.note(step, self._progress.epoch, metrics)
+            return handle
 
     def epoch_end(self, epoch: int, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
         """Tell that an epoch is complete; saves if that is due. Collective."""
@@ -310,7 +275,8 @@ class CheckpointManager:
         reason = self._policy.due(progress.moment(is_epoch_end=True, timed=False))
         if reason is None or progress.is_saved(step):
             return None
-        return self._save(Occasion(step, epoch, metrics, is_epoch_end=True, reason=reason))
+        with self._children:
+            return self._save(Occasion(step, epoch, metrics, is_epoch_end=True, reason=reason))
 
     def save_checkpoint(
         self,
@@ -361,34 +327,27 @@ class CheckpointManager:
         progress.epoch = epoch if epoch is not None else progress.epoch
         is_end = epoch_finished if epoch_finished is not None else epoch is not None and not is_emergency
         tags = (BEST,) if is_best else ()
-        handle = self._save(
-            Occasion(step, progress.epoch, metrics, tags, is_emergency, is_epoch_end=is_end, reason="asked for")
-        )
-        self._scalars.flush()
-        return handle
+        with self._children:
+            self._guard.mark()
+            handle = self._save(
+                Occasion(step, progress.epoch, metrics, tags, is_emergency, is_epoch_end=is_end, reason="asked for")
+            )
+            self._scalars.flush()
+            return handle
 
     # -- beginning and end ----------------------------------------------------------------------------------------
 
     def __enter__(self) -> CheckpointManager:
-        self._state = "inside"
-        self._guard.watch(self._tracked.optimizers)
-        self._progress.saved_at = self._progress.clock()
-        self._watch = SignalWatch(
-            self._signals, grace_s=self._grace_s, on_late=self._too_late, on_first_interrupt=self._acknowledge
-        )
-        if (note := self._watch.install()) is not None:
-            self._voice.warn(note)
+        self._block.enter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._leave(error)
+            self._block.leave(error)
         finally:
-            if self._watch is not None:
-                self._watch.restore()
-            self._state = "outside"
+            self._live.close()
 
     def close(self, timeout_s: float = 600) -> None:
         """Wait for what is on its way, then let go. Idempotent; leaving the ``with`` block does it.
@@ -397,53 +356,27 @@ class CheckpointManager:
             SaveFailedError: the last save failed.
             SaveTimeoutError: uploads are not finished; the agent goes on with them.
         """
-        self._guard.release()
-        ending.close(self._parts(), timeout_s, watch=self._watch)
+        self._live.close()
+        self._block.close(timeout_s)
 
     # -- inner ----------------------------------------------------------------------------------------------------
 
-    def _news(self) -> tuple[int | None, str | None]:
-        """The signal to act on, and why a save is due: the same on every rank."""
-        progress, policy = self._progress, self._policy
-        pending = self._watch.pending if self._watch is not None else None
-        if self._desk is None:
-            periods = [rule.seconds for rule in policy.rules() if isinstance(rule, EverySeconds)]
-            self._desk = NewsDesk(self.store.agreement, grace_s=self._grace_s, period_s=min(periods, default=math.inf))
-        if self._desk.is_alone:
-            reason = policy.due(progress.moment(end=self._end))
-            self._note_end(reason)
-            return pending, reason
-        reason = policy.due(progress.moment(timed=False))
-        news = NOTHING
-        if self._watch is not None or policy.is_timed:
-            news = self._ask(pending)
-        if reason is None and news.is_due:
-            reason = policy.due(progress.moment(end=self._end)) or "rank 0 says it is time"
-            self._note_end(reason)
-        if self._desk.is_silent and pending is not None:
-            return pending, None  # nobody to agree with: this rank ends alone, with what is saved
-        return news.signal, reason
-
-    def _ask(self, pending: int | None) -> News:
-        desk = cast(NewsDesk, self._desk)
-        try:
-            return desk.ask(
-                pending,
-                lambda: self._policy.due(self._progress.moment(end=self._end)) is not None,
-                self._progress.saves,
-            )
-        except SaveFailedError as error:
-            self._voice.warn(f"the ranks can't be asked for signals until the next save: {error.message}")
-            return NOTHING
-
-    def _note_end(self, reason: str | None) -> None:
-        if reason is not None and self._end is not None and self._end - time.time() <= self._grace_s * END_GRACES:
-            self._progress.is_end_saved = True
+    def _begin(self) -> Agenda:
+        """Only now is it sure that ``torch.distributed`` is initialised, if it ever is."""
+        self._agenda = Agenda(
+            self._policy,
+            self._progress,
+            self.store.agreement,
+            end=self._end,
+            grace_s=self._grace_s,
+            voice=self._voice,
+        )
+        return self._agenda
 
     def _save(self, occasion: Occasion) -> SaveHandle | None:
         handle = self._saver.save(occasion)
-        if handle is not None and self._desk is not None and self._desk.is_silent:
-            self._desk.reset()  # all ranks have just met
+        if handle is not None and self._agenda is not None:
+            self._agenda.met()
         return handle
 
     def _adopt(self, point: ResumePoint) -> None:
@@ -451,100 +384,3 @@ class CheckpointManager:
         if point.info is not None:
             info = point.info
             self._voice.say(f"resumed step {info.step} ({resuming.source(info)}, {resuming.age(info.created_at)})")
-
-    def _parts(self) -> ending.Parts:
-        return ending.Parts(
-            store=self.store,
-            owns_store=self._owns_store,
-            saver=self._saver,
-            tracked=self._tracked,
-            progress=self._progress,
-            safety=self._safety,
-            scalars=self._scalars,
-            voice=self._voice,
-            guard=self._guard,
-        )
-
-    def _stop(self, signal: int, metrics: Mapping[str, Any] | None) -> None:
-        self._state = "ending"
-        remaining = self._watch.remaining_s() if self._watch is not None else self._grace_s
-        can_save = self._desk is None or not self._desk.is_silent
-        ending.stop(self._parts(), signal, metrics, remaining, can_save=can_save)
-
-    def _leave(self, error: BaseException | None) -> None:
-        was_ending = self._state == "ending"
-        self._state = "ending"
-        parts, watch = self._parts(), self._watch
-        is_now = watch is not None and watch.interrupts > 1
-        if (
-            isinstance(error, (Exception, KeyboardInterrupt))
-            and not was_ending
-            and self._saves_on_exception
-            and not is_now
-        ):
-            ending.rescue(parts, error, self._grace_s)
-        self._guard.release()
-        ending.leave(parts, error, watch=watch, is_now=is_now)
-
-    # -- called in the handler and the watcher: only what is safe there ---------------------------------------------
-
-    def _acknowledge(self) -> None:
-        if is_first_rank():
-            what = "leaving" if self._state == "ending" else "saving after this step"
-            print_line(f"interrupted: {what}; press Ctrl-C again to stop now")
-
-    def _too_late(self, signal: int) -> None:
-        if is_first_rank():
-            name = signals.Signals(signal).name
-            print_line(f"{name}: no step came within {self._grace_s:.0f} s; {self._safety.sentence()}")
-
-
-def default_policy(steps: int, seconds: float, epochs: int, grace_s: float | None) -> SavePolicy:
-    """The policy of the three ``save_*`` arguments, signals and a known end of the allocation; 0 turns a rule off."""
-    rules: list[SavePolicy] = []
-    if steps:
-        rules.append(EverySteps(steps))
-    if seconds:
-        rules.append(EverySeconds(seconds))
-    if epochs:
-        rules.append(EveryEpochs(epochs))
-    if grace_s is not None:
-        rules.append(BeforeEnd(grace_s * END_GRACES))
-    return AnyOf((*rules, OnSignal()))
-
-
-def run_name(run: str | None, model_name: str | None) -> str | None:
-    """The run: as given, else ``$CKPTSTORE_RUN``, else the model's name with what a run name can't have replaced."""
-    if run is not None:
-        return run
-    if given := os.environ.get("CKPTSTORE_RUN"):
-        return given
-    if model_name is None:
-        return None
-    return _NOT_IN_RUN_NAMES.sub("-", model_name).lstrip("._-")[:128] or None
-
-
-def remote_retention(given: Retention | Mapping[str, Any] | None, local: Retention) -> Retention:
-    """The remotes' retention: the same as the local one unless given."""
-    if given is None:
-        return local
-    if isinstance(given, Retention):
-        return given
-    try:
-        return Retention(**{"monitor": local.monitor, "mode": local.mode, **given})
-    except TypeError as error:
-        raise ConfigError(f"keep_remote: {error}", hint='keep_remote={"keep_last": 20, "keep_best": 3}') from None
-
-
-def check_signals(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, each of a signal that can be caught.
-
-    Raises:
-        ConfigError: it isn't.
-    """
-    if isinstance(names, str):
-        names = (names,)
-    for name in names:
-        if not re.fullmatch(r"SIG[A-Z0-9]+", name) or not hasattr(signals, name) or name in ("SIGKILL", "SIGSTOP"):
-            raise ConfigError(f"save_on_signal: {name!r} is not a signal that can be caught", hint='("SIGTERM",)')
-    return tuple(dict.fromkeys(names))

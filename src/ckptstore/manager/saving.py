@@ -14,15 +14,11 @@ from typing import Any, Literal
 from ckptstore.dcp.markers import PerRank
 from ckptstore.errors import CkptError, Preempted, SaveFailedError, SaveTimeoutError, StateError, StorageError
 from ckptstore.manager import health, rng
-from ckptstore.manager.keeper import Keeper
-from ckptstore.manager.progress import Progress
-from ckptstore.manager.safety import Safety
-from ckptstore.manager.scalars import Scalars
-from ckptstore.manager.tracking import OWN_KEY, Tracked
-from ckptstore.manager.voice import Voice
-from ckptstore.policy.retention import SUSPECT, Retention
+from ckptstore.manager.parts import Parts
+from ckptstore.manager.tracking import OWN_KEY
+from ckptstore.policy.retention import SUSPECT
 from ckptstore.policy.space import forecast
-from ckptstore.store import CheckpointStore, SaveHandle
+from ckptstore.store import SaveHandle
 from ckptstore.store.session import read_metrics
 from ckptstore.types import CheckpointInfo
 
@@ -54,23 +50,10 @@ class Saver:
         max_failures: with "warn": raise after this many in a row.
     """
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        tracked: Tracked,
-        progress: Progress,
-        *,
-        keeper: Keeper | None,
-        retention: Retention,
-        safety: Safety,
-        scalars: Scalars,
-        voice: Voice,
-        on_failure: OnFailure,
-        max_failures: int,
-    ) -> None:
-        self._store, self._tracked, self._progress = store, tracked, progress
-        self._keeper, self._retention = keeper, retention
-        self._safety, self._scalars, self._voice = safety, scalars, voice
+    def __init__(self, parts: Parts, *, on_failure: OnFailure, max_failures: int) -> None:
+        self._store, self._tracked, self._progress = parts.store, parts.tracked, parts.progress
+        self._keeper, self._retention = parts.keeper, parts.retention
+        self._safety, self._scalars, self._voice = parts.safety, parts.scalars, parts.voice
         self._on_failure, self._max_failures = on_failure, max_failures
         self._warned_room: int | None = None
         self._lagging: set[str] = set()

@@ -81,13 +81,17 @@ class Settings:
         setting = self.found.get(name)
         return None if setting is None else str(setting.value)
 
-    def config(self) -> StoreConfig:
+    def config(self, given: StoreConfig | None = None) -> StoreConfig:
         """The configuration with every default in place.
+
+        Args:
+            given: What the program says; the fields that it sets count before what was found.
 
         Raises:
             ConfigError: a value is of the wrong type, or values contradict each other.
         """
-        return StoreConfig(**{name: s.value for name, s in self._table("config").items()})
+        said = {name: getattr(given, name) for name in given.model_fields_set} if given is not None else {}
+        return StoreConfig(**{**{name: s.value for name, s in self._table("config").items()}, **said})
 
     def prices(self) -> dict[str, float]:
         """US dollars by kind of use."""

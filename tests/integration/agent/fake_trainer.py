@@ -229,6 +229,12 @@ class ForkServer:
             return line
 
     def reported(self, child: int, what: str) -> list[dict[str, Any]]:
+        """Everything a child reported before this call: what it wrote may not have been read here yet."""
+        assert self._process.stdin is not None
+        self._number += 1
+        self._process.stdin.write(json.dumps({"echo": self._number}) + "\n")
+        self._process.stdin.flush()
+        self.wait(self._number, "echo")  # it comes through the same pipe, after all that is in it
         with self._arrived:
             return [line for line in self._lines if line["child"] == child and line["what"] == what]
 
@@ -304,10 +310,13 @@ def _child(options: dict[str, Any]) -> None:
 def _serve() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
-        if os.fork() == 0:
+        options = json.loads(line)
+        if "echo" in options:
+            os.write(1, json.dumps({"child": options["echo"], "what": "echo"}).encode() + b"\n")
+        elif os.fork() == 0:
             os.close(0)
             try:
-                _child(json.loads(line))
+                _child(options)
             finally:
                 os._exit(0)
     os.killpg(0, signal.SIGKILL)  # the children that are left, and this process

@@ -6,6 +6,7 @@ import argparse
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,15 @@ import pytest
 import torch
 from torch import nn
 
+from ckptstore.config import StoreConfig
 from ckptstore.errors import ConfigError
 from ckptstore.manager import compare, health, rng
+from ckptstore.manager.children import ChildWatch
 from ckptstore.manager.emergency import OptimizerGuard
 from ckptstore.manager.grace import end_of_allocation, grace_of
-from ckptstore.manager.manager import check_signals, run_name
+from ckptstore.manager.options import check_signals, open_store, run_name
+from ckptstore.ops.settings import Settings
+from ckptstore.store import CheckpointStore
 
 
 def test_random_state_comes_back_everywhere() -> None:
@@ -89,7 +94,7 @@ def test_the_guard_tells_whole_steps_from_torn_ones() -> None:
 
     models = [nn.Linear(2, 2), nn.Linear(2, 2)]
     one, two = Breaking(models[0].parameters(), lr=0.1), torch.optim.SGD(models[1].parameters(), lr=0.1)
-    guard = OptimizerGuard()
+    guard = OptimizerGuard(ChildWatch())
     guard.watch([one, two])
     assert guard.completed() == 0
     one.step()
@@ -117,13 +122,55 @@ def test_the_grace_is_what_was_said_or_what_is_usual() -> None:
     assert end_of_allocation({}) is None
 
 
-def test_the_run_is_named_after_the_model_when_nothing_else_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CKPTSTORE_RUN", raising=False)
-    assert run_name(None, "meta-llama/Llama 3") == "meta-llama-Llama-3"
-    assert run_name("r", "m") == "r"
-    assert run_name(None, None) is None
-    monkeypatch.setenv("CKPTSTORE_RUN", "from-env")
-    assert run_name(None, "m") == "from-env"
+def test_the_run_is_named_after_the_model_when_nothing_else_is_said(tmp_path: Path) -> None:
+    nothing = Settings.read({}, tmp_path)
+    assert run_name(None, "meta-llama/Llama 3", nothing) == "meta-llama-Llama-3"
+    assert run_name("r", "m", nothing) == "r"
+    assert run_name(None, None, nothing) is None
+    said = Settings.read({"CKPTSTORE_RUN": "from-env"}, tmp_path)
+    assert run_name(None, "m", said) == "from-env"
+    assert run_name("r", "m", said) == "r"
+
+
+def test_arguments_count_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
+    (tmp_path / "ckptstore.toml").write_text(
+        """
+        local = "from-file"
+        remote = "mem://from-file"
+        run = "from-file"
+        [config]
+        pack_bytes = 2000000
+        deadline_s = 7
+        compress = false
+        """
+    )
+    environ = {
+        "CKPTSTORE_REMOTE": "mem://from-env",
+        "CKPTSTORE_CONFIG__DEADLINE_S": "8",
+        "CKPTSTORE_CONFIG__GENERATIONS": "1",
+    }
+    settings = Settings.read(environ, tmp_path)
+
+    def opened(save_dir: Path | None = None, **given: Any) -> CheckpointStore:
+        arguments = {"run": None, "model_name": "m", "remote": None, "config": None, **given}
+        return open_store(save_dir, process_group=None, settings=settings, **arguments)
+
+    store = opened(tmp_path / "given", config=StoreConfig(generations=2))
+    config = store.config
+    assert (config.pack_bytes, config.deadline_s, config.compress, config.generations) == (2_000_000, 8, False, 2)
+    assert (store.local, store.run, store.remotes) == (tmp_path / "given", "from-file", {"mem": "mem://from-env"})
+    assert opened().local == Path("from-file").absolute()
+    assert opened(remote="mem://given", run="given").run == "given"
+    with pytest.raises(ConfigError, match="either save_dir or store"):
+        open_store(
+            None,
+            run=None,
+            model_name=None,
+            remote=None,
+            config=None,
+            process_group=None,
+            settings=Settings.read({}, tmp_path / "x"),
+        )
 
 
 def test_signals_that_cannot_be_caught_are_refused() -> None:
