@@ -117,7 +117,7 @@ def test_upload_goes_on_when_the_agent_is_killed(tmp_path: Path) -> None:
             handle.wait("local", 60)
             session = store._session
             assert session is not None
-            os.kill(session.client.agent_pid, signal.SIGKILL)
+            os.kill(session.link.client.agent_pid, signal.SIGKILL)
             store.wait("remote", timeout_s=60)
     with CheckpointStore(None, remote=remote) as store:
         assert [info.step for info in store.checkpoints()] == list(range(5 * SCALE))

@@ -201,7 +201,7 @@ def test_failed_save_is_raised_by_the_next_when_configured(tmp_path: Path) -> No
     session = store._session
     assert session is not None
     handle = store.save(state(2), 2)
-    session.client.discard(handle.save_id, "for a test")
+    session.link.client.discard(handle.save_id, "for a test")
     if handle.local.exception(30) is not None:
         with pytest.raises(errors.SaveFailedError):
             store.save(state(3), 3)

@@ -170,15 +170,15 @@ def die(rank: int, moment: str, root: str, remote: str | None) -> Any:
     store.save(state, 10).wait("local", 60)
     session = store._session
     assert session is not None
-    agent = session.client.agent_pid
+    agent = session.link.client.agent_pid
     if moment == "between seals" and rank == 1:
-        session.client.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        session.link.client.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     elif moment == "between prepares" and rank == 1:
-        relay = session._relay
+        relay = session.link.relay
         assert relay is not None
         relay.sealed = lambda _: os.kill(agent, signal.SIGKILL)  # type: ignore[method-assign]
     elif moment == "before complete":
-        relay = session._relay
+        relay = session.link.relay
         assert relay is not None
         relay._root = lambda _: (time.sleep(1), os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[method-assign,assignment,return-value]
     state["epoch"] = 4

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ckptstore.config import StoreConfig
 from ckptstore.store import CheckpointStore
-from ckptstore.store.store import RemoteArgument
+from ckptstore.store.remotes import RemoteArgument
 
 
 def store_of_this_rank(

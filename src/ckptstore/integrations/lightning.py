@@ -19,7 +19,7 @@ from ckptstore.errors import ConfigError, NotFoundError
 from ckptstore.integrations.alone import store_of_this_rank
 from ckptstore.manager import CheckpointManager
 from ckptstore.store import CheckpointStore
-from ckptstore.store.store import RemoteArgument
+from ckptstore.store.remotes import RemoteArgument
 
 try:
     from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO

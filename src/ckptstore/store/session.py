@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptstore.agent.arena import Arena
-from ckptstore.agent.client import AgentClient
-from ckptstore.agent.protocol import Event, SealRequest
-from ckptstore.blob import between_processes
+from ckptstore.agent.protocol import SealRequest
 from ckptstore.clock import SYSTEM_CLOCK, new_nonce, rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.dcp.agreement import Agreement
@@ -28,27 +23,20 @@ from ckptstore.errors import (
     CkptError,
     ConfigError,
     SaveFailedError,
-    SaveTimeoutError,
     StateError,
     StorageError,
-    TransientError,
 )
-from ckptstore.format.manifest import Parent, ShardManifest, Summary
+from ckptstore.format.manifest import Parent, Summary
 from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
-from ckptstore.store.relay import NodeRelay
+from ckptstore.store.link import AgentLink
 from ckptstore.store.timeline import TimelineKeeper
 from ckptstore.types import CheckpointInfo, json_number
 
 log = logging.getLogger("ckptstore")
 
-#: What an agent needs from a trainer's environment to reach the buckets; nothing else is passed on.
-CREDENTIAL_PREFIXES = ("AWS_", "OSS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
-KEPT_HANDLES = 256
 _CHANGING: frozenset[Kind] = frozenset({"buffer", "plain", "per_rank"})
 _FENCED: frozenset[Kind] = frozenset({"param", "optim"})
-#: How often a waiting store looks whether its agent is still there.
-FOLLOW_SECONDS = 1.0
 
 
 @dataclass
@@ -61,23 +49,6 @@ class _Call:
     summary: Summary | None = None
     generation: int | None = None
     spans: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Topology:
-    """Which ranks share an agent."""
-
-    node: int
-    num_nodes: int
-    local_ranks: tuple[int, ...]
-
-    @classmethod
-    def of(cls, agent_ids: Sequence[str], rank: int) -> Topology:
-        """Nodes are numbered by their lowest rank."""
-        nodes = list(dict.fromkeys(agent_ids))
-        mine = agent_ids[rank]
-        local = tuple(r for r, agent_id in enumerate(agent_ids) if agent_id == mine)
-        return cls(nodes.index(mine), len(nodes), local)
 
 
 class Session:
@@ -96,14 +67,13 @@ class Session:
         committed: Callable[[], Mapping[str, set[str]]],
     ) -> None:
         self.root, self.run, self.remotes = root, run, dict(remotes)
-        self.agreement, self._committed = agreement, committed
+        self.agreement = agreement
         self.rank, self.world_size = self.agreement.rank, self.agreement.world_size
         terms: dict[str, Any] = self.agreement.broadcast(
             {"job": new_nonce(), "config": config.model_dump(), "run": run}, what="starting to save"
         )
         self.config = StoreConfig(**terms["config"])
         self.job: str = terms["job"]
-        self.handles: dict[str, SaveHandle] = {}
         self._timeline = timeline
         self.fence = fence
         self._preparer = Preparer(agreement, check_replicas=self.config.check_replicas)
@@ -111,140 +81,19 @@ class Session:
         self._stage: Stage | None = None
         self._arena: Arena | None = None
         self._counter = 0
-        self._lock = threading.Lock()
-        self._client: AgentClient | None = None
-        self._relay: NodeRelay | None = None
-        self.topology = Topology(0, 1, (self.rank,))  # until the agents are known; events may come before
+        self.link = AgentLink(
+            root, run=run, rank=self.rank, remotes=self.remotes, config=self.config, committed=committed
+        )
         error: CkptError | None = (
             None if terms["run"] == run else ConfigError(f"rank 0 saves run {terms['run']!r}, this rank {run!r}")
         )
         try:
             if error is None:
-                self._connect()
+                self.link.reconnect()
         except CkptError as failure:
             error = failure
         self.agreement.together(error, what="attaching to the node agents")
-        agent_ids = self.agreement.gather(self.client.agent_id, what="counting the nodes")
-        self.topology = Topology.of(agent_ids, self.rank)
-        if self.topology.num_nodes > 1 and self.rank == self.topology.local_ranks[0]:
-            self._relay = NodeRelay(
-                self.agreement.job_store(),
-                lambda: self.client,
-                job=self.job,
-                node=self.topology.node,
-                num_nodes=self.topology.num_nodes,
-                deadline_s=self.config.deadline_s,
-            )
-
-    # -- the agent ------------------------------------------------------------------------------------------------
-
-    @property
-    def client(self) -> AgentClient:
-        """The connected agent, or TransientError."""
-        if self._client is None:
-            raise TransientError("the node agent is not running", hint="the next save starts one")
-        return self._client
-
-    def _connect(self) -> None:
-        self._client = AgentClient.connect(
-            self.root,
-            run=self.run,
-            slot=int(os.environ.get("LOCAL_RANK", self.rank)),
-            remotes={name: between_processes(url) for name, url in self.remotes.items()},
-            environ={k: v for k, v in os.environ.items() if k.startswith(CREDENTIAL_PREFIXES)},
-            config=self.config,
-            on_event=self._on_event,
-            rank=self.rank,
-        )
-
-    def reconnect(self) -> None:
-        """Local. Attach again if the agent was lost; its arenas went with it, its uploads go on from the disk."""
-        if self._client is None:
-            self._connect()
-            self._forget_arena()
-
-    def follow(self, handle: SaveHandle, level: str, timeout_s: float | None) -> CheckpointInfo:
-        """Local. Wait for a level; if the agent is lost meanwhile, attach to a new one, which finishes its uploads.
-
-        Raises:
-            SaveFailedError, SaveTimeoutError: as ``SaveHandle.wait``.
-        """
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                return handle.wait(level, min(max(left, 0.0), FOLLOW_SECONDS))
-            except SaveTimeoutError:
-                if left <= 0:
-                    raise
-            if self._client is None:
-                self.reconnect()
-                # What the lost agent committed just before its end was never told.
-                for name, save_ids in self._committed().items():
-                    if handle.save_id in save_ids:
-                        handle.reach("remote", name)
-
-    def _on_event(self, event: Event) -> None:
-        """Runs on the client's reader thread."""
-        if event.kind == "lost":
-            self._client = None
-            self._agent_lost()
-            return
-        if self._relay is not None:
-            self._tell_relay(self._relay, event)
-        handle = self.handles.get(event.save_id)
-        if handle is None:
-            return
-        several = self.topology.num_nodes > 1
-        data = event.data
-        if event.kind == "failed":
-            handle.fail(event.exception(), data.get("level", "staged"), data.get("remote"))
-        elif event.kind == "remote":
-            summary, stored_bytes = data["summary"], data["stored_bytes"]
-            handle.reach("remote", data["remote"], size_bytes=summary["size_bytes"], stored_bytes=stored_bytes)
-        elif event.kind == "skipped":
-            handle.pass_over(data["remote"])
-        elif event.kind == "announced":
-            handle.reach(data["level"])
-        elif event.kind == "sealed" and not several:
-            handle.reach("staged")
-        elif event.kind == "local" and not several:
-            handle.reach("local", size_bytes=data["summary"]["size_bytes"])
-
-    @staticmethod
-    def _tell_relay(relay: NodeRelay, event: Event) -> None:
-        if event.kind == "sealed":
-            relay.sealed(event.save_id)
-        elif event.kind == "prepared":
-            relay.prepared(event.save_id, [ShardManifest.model_validate(shard) for shard in event.data["shards"]])
-        elif event.kind == "local":
-            relay.local(event.save_id)
-        elif event.kind == "failed" and event.data.get("level") != "remote":
-            relay.failed(event.save_id, str(event.data.get("message", "failed")))
-
-    def _agent_lost(self) -> None:
-        """Saves that are not committed went with the agent's memory; say so."""
-        from ckptstore.repo.local import LocalTier
-
-        waiting = [h for h in self.handles.values() if not h.done("local")]
-        if not waiting:
-            return
-        try:
-            complete = {s.save_id for s in LocalTier(self.root).saves(self.run) if s.state == "complete"}
-        except CkptError:
-            complete = set()
-        for handle in waiting:
-            if handle.save_id in complete:
-                handle.reach("local")
-            else:
-                handle.fail(
-                    SaveFailedError(
-                        f"the node agent ended before step {handle.step} was on disk",
-                        hint="the next save starts a new agent; earlier checkpoints are untouched",
-                        step=handle.step,
-                        save_id=handle.save_id,
-                    )
-                )
+        self.link.meet(agreement, job=self.job)
 
     # -- one save -------------------------------------------------------------------------------------------------
 
@@ -266,7 +115,8 @@ class Session:
             with _timed(call.spans, "reserve"):
                 self.fence.wait()
                 self._raise_earlier_failure()
-                self.reconnect()
+                if self.link.reconnect():
+                    self._forget_arena()
                 call.summary = self._summary(call, metrics, tags, emergency)
                 if self._plan is not None:
                     self._reserve(call, self._plan)
@@ -296,20 +146,20 @@ class Session:
         """With ``on_failure="raise"``: an earlier save's failure, once."""
         if self.config.on_failure != "raise":
             return
-        for save_id, handle in list(self.handles.items()):
+        for save_id, handle in list(self.link.handles.items()):
             if (failure := handle.failure()) is not None:
-                del self.handles[save_id]
+                del self.link.handles[save_id]
                 raise failure
 
     def _reserve(self, call: _Call, plan: Plan) -> None:
         """Local. Take a free arena generation; bounded by the back-pressure policy."""
         timeout = self.config.back_pressure_timeout_s if self.config.back_pressure == "wait" else 0.0
         if self._arena is None:
-            self._arena = self.client.layout(plan.pieces, timeout_s=self.config.back_pressure_timeout_s)
+            self._arena = self.link.client.layout(plan.pieces, timeout_s=self.config.back_pressure_timeout_s)
             self._stage = Stage(plan, self._arena.starts)
             if self._arena.is_on_disk:
                 log.warning("memory is short: saves are staged through the disk and hold training up meanwhile")
-        call.generation = self.client.reserve(timeout, save_id=call.save_id)
+        call.generation = self.link.client.reserve(timeout, save_id=call.save_id)
 
     def _lay_out(self, call: _Call, plan: Plan) -> bool:
         """Collective. A new structure needs a new arena image on every rank; True if none was free in time."""
@@ -337,7 +187,7 @@ class Session:
         if self._arena is None or self._stage is None or call.generation is None:
             raise AssertionError("agreed to copy without an arena")
         handle = SaveHandle(self._info(call), self.remotes, self.config.remote_quorum)
-        self._remember(handle)
+        self.link.remember(handle)
         binding = prepared.binding
         is_first = self.rank == 0
         request = SealRequest(
@@ -345,17 +195,17 @@ class Session:
             step=call.step,
             rank=self.rank,
             world_size=self.world_size,
-            node=self.topology.node,
-            num_nodes=self.topology.num_nodes,
-            local_ranks=self.topology.local_ranks,
+            node=self.link.topology.node,
+            num_nodes=self.link.topology.num_nodes,
+            local_ranks=self.link.topology.local_ranks,
             layout_id=self._arena.layout_id,
             summary=call.summary,
             tree=binding.tree if is_first else None,
             aliases=binding.aliases if is_first else {},
             per_rank=binding.per_rank,
         )
-        if self._relay is not None:
-            self._relay.watch(call.save_id)
+        if self.link.relay is not None:
+            self.link.relay.watch(call.save_id)
         spans = call.spans
         if binding.slow_path is not None:
             spans["slow_path"] = binding.slow_path
@@ -366,12 +216,12 @@ class Session:
             try:
                 with _timed(spans, "copy"):
                     stage.copy(binding, image, threads, kinds)
-                self.client.seal(generation, replace(request, spans=spans))
+                self.link.client.seal(generation, replace(request, spans=spans))
             except (CkptError, RuntimeError, MemoryError) as error:
                 # Peers learn it from their agent, or through the relay; this rank trains on.
                 failure = error if isinstance(error, CkptError) else SaveFailedError(f"copying failed: {error}")
                 handle.fail(failure)
-                self._discard(call, str(failure))
+                self.link.discard(call.save_id, str(failure))
 
         stage, threads = self._stage, _copy_threads()
         if self.fence.is_on:
@@ -419,34 +269,14 @@ class Session:
 
     def _failed(self, call: _Call, error: CkptError) -> SaveHandle:
         handle = SaveHandle(self._info(call), self.remotes, self.config.remote_quorum)
-        self._remember(handle)
+        self.link.remember(handle)
         handle.fail(error)
         return handle
 
     def _release(self, call: _Call) -> None:
         generation, call.generation = call.generation, None
-        if generation is not None and self._client is not None:
-            try:
-                self._client.release(generation)
-            except CkptError as error:
-                log.debug("releasing an arena generation failed: %s", error)
-
-    def _discard(self, call: _Call, reason: str) -> None:
-        if self._client is not None:
-            try:
-                self._client.discard(call.save_id, f"rank {self.rank}: {reason}")
-            except CkptError as error:
-                log.debug("discarding save %s failed: %s", call.save_id, error)
-        if self._relay is not None:
-            self._relay.failed(call.save_id, f"rank {self.rank}: {reason}")
-
-    def _remember(self, handle: SaveHandle) -> None:
-        with self._lock:
-            self.handles[handle.save_id] = handle
-            for save_id in list(self.handles)[:-KEPT_HANDLES]:
-                old = self.handles[save_id]
-                if old.done("local") and (not self.remotes or old.done("remote")):
-                    del self.handles[save_id]
+        if generation is not None:
+            self.link.release(generation)
 
     def _summary(
         self,
@@ -461,7 +291,7 @@ class Session:
             raise ConfigError(f"step must be an int >= 0, not {call.step!r}")
         if self.rank != 0:
             return None
-        number, parent = self._timeline.at(call.step, self.client, job=self.job)
+        number, parent = self._timeline.at(call.step, self.link.client, job=self.job)
         self._timeline.note(Parent(save_id=call.save_id, timeline=number, step=call.step))
         return Summary(
             run=self.run,
@@ -473,7 +303,7 @@ class Session:
             created_at=rfc3339(SYSTEM_CLOCK.now()),
             job=self.job,
             world_size=self.world_size,
-            num_nodes=self.topology.num_nodes,
+            num_nodes=self.link.topology.num_nodes,
             metrics=checked,
             tags=tuple(tags),
             emergency=emergency,
@@ -483,11 +313,7 @@ class Session:
     def close(self) -> None:
         """Detach; the agent goes on with what it holds."""
         self.fence.close()
-        if self._relay is not None:
-            self._relay.close()
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        self.link.close()
 
 
 def read_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | str]:

@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from ckptstore.errors import (
     CkptError,
     ConfigError,
     NoStoreError,
-    SaveFailedError,
     SaveTimeoutError,
     StorageError,
     TransientError,
@@ -30,6 +28,7 @@ from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
 from ckptstore.store.loading import Tiers, choose, roll_forward
 from ckptstore.store.loading import load as load_save
+from ckptstore.store.remotes import RemoteArgument, check_level, name_remotes
 from ckptstore.store.timeline import TimelineKeeper, newest_claim
 from ckptstore.types import CheckpointInfo, StepLike
 
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from ckptstore.store.session import Session
 
 log = logging.getLogger("ckptstore")
-
-RemoteArgument = str | Sequence[str] | Mapping[str, str] | None
 
 
 class CheckpointStore:
@@ -162,7 +159,7 @@ class CheckpointStore:
                     hint="CheckpointStore('/data/ckpt', remote=...)",
                 )
             if wait is not None:
-                _check_level(wait, self.remotes)
+                check_level(wait, self.remotes)
             session = self._open_session(self.local)
             handle = session.save(state, step, epoch=epoch, metrics=metrics, tags=tags, emergency=emergency)
         if wait is not None:
@@ -177,21 +174,9 @@ class CheckpointStore:
             SaveTimeoutError: not there in ``timeout_s`` seconds.
         """
         level = level or ("remote" if self.remotes else "local")
-        _check_level(level, self.remotes)
-        session = self._session
-        if session is None:
-            return
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        failure: SaveFailedError | None = None
-        for handle in list(session.handles.values()):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                session.follow(handle, level, left)
-            except SaveFailedError as error:
-                failure = failure or error
-                session.handles.pop(handle.save_id, None)
-        if failure is not None:
-            raise failure
+        check_level(level, self.remotes)
+        if self._session is not None:
+            self._session.link.wait(level, timeout_s)
 
     def close(self, timeout_s: float = 600) -> None:
         """Wait for the highest level and detach; idempotent. Local: the ranks need not call it together.
@@ -348,7 +333,7 @@ class CheckpointStore:
         """
         from ckptstore.dcp.storage_writer import CheckpointStorageWriter
 
-        _check_level(wait, self.remotes)
+        check_level(wait, self.remotes)
 
         def save(state: Mapping[str, Any]) -> None:
             self.save(state, step, epoch=epoch, metrics=metrics, tags=tags, wait=wait)
@@ -420,7 +405,7 @@ class CheckpointStore:
     def is_node_leader(self) -> bool:
         """Whether this rank answers for its node's local tier; known once something was saved."""
         session = self._session
-        return session is not None and session.rank == session.topology.local_ranks[0]
+        return session is not None and session.rank == session.link.topology.local_ranks[0]
 
     def catalog(self) -> Catalog:
         """Every save of the run in all tiers, damaged and superseded ones included. Local.
@@ -446,7 +431,7 @@ class CheckpointStore:
     def forget(self, save_id: str, reason: str) -> None:
         """Wait no more for the upload of a save that was removed from the local tier. Local."""
         session = self._session
-        handle = session.handles.pop(save_id, None) if session is not None else None
+        handle = session.link.handles.pop(save_id, None) if session is not None else None
         if handle is not None:
             handle.abandon(reason)
 
@@ -554,39 +539,6 @@ def _only_loss(catalog: Catalog) -> str:
             f"which metric is best? {len(losses)} of them end in 'loss'", hint=f"pass monitor=, one of {sorted(names)}"
         )
     return losses[0]
-
-
-def name_remotes(remote: RemoteArgument) -> dict[str, str]:
-    """Remote's name -> URL; an unnamed remote is named by its scheme, a second of the same scheme gets ``-2``.
-
-    Raises:
-        ConfigError: an unknown scheme or a malformed URL.
-    """
-    from ckptstore.blob import open_blob_store
-
-    if remote is None:
-        return {}
-    if isinstance(remote, Mapping):
-        named = {str(name): str(url) for name, url in remote.items()}
-    else:
-        named = {}
-        for url in [remote] if isinstance(remote, str) else remote:
-            scheme = str(url).partition("://")[0]
-            count = 1 + sum(name == scheme or name.startswith(f"{scheme}-") for name in named)
-            named[scheme if count == 1 else f"{scheme}-{count}"] = str(url)
-    for name, url in named.items():
-        check_run_name(name)
-        open_blob_store(url)  # free and local; refuses what can't be a URL
-        if name == "local":
-            raise ConfigError("a remote can't be named 'local'", hint="that is the local tier's name")
-    return named
-
-
-def _check_level(level: str, remotes: Mapping[str, str]) -> None:
-    if level not in ("staged", "local", "remote"):
-        raise ConfigError(f"no such level: {level!r}", hint="use 'staged', 'local' or 'remote'")
-    if level == "remote" and not remotes:
-        raise ConfigError("level 'remote' can't be reached: this store has no remote", hint="pass remote=")
 
 
 __all__ = ["CheckpointNotFoundError", "CheckpointStore", "name_remotes"]

@@ -1,0 +1,254 @@
+"""A rank's line to its node agent, and the handles that follow what the agent says."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptstore.agent.client import AgentClient
+from ckptstore.agent.protocol import Event
+from ckptstore.blob import between_processes
+from ckptstore.config import StoreConfig
+from ckptstore.dcp.agreement import Agreement
+from ckptstore.errors import CkptError, SaveFailedError, SaveTimeoutError, TransientError
+from ckptstore.format.manifest import ShardManifest
+from ckptstore.store.handle import SaveHandle
+from ckptstore.store.relay import NodeRelay
+from ckptstore.types import CheckpointInfo
+
+log = logging.getLogger("ckptstore")
+
+#: What an agent needs from a trainer's environment to reach the buckets; nothing else is passed on.
+CREDENTIAL_PREFIXES = ("AWS_", "OSS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+KEPT_HANDLES = 256
+#: How often a waiting store looks whether its agent is still there.
+FOLLOW_SECONDS = 1.0
+
+
+@dataclass
+class Topology:
+    """Which ranks share an agent."""
+
+    node: int
+    num_nodes: int
+    local_ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, agent_ids: Sequence[str], rank: int) -> Topology:
+        """Nodes are numbered by their lowest rank."""
+        nodes = list(dict.fromkeys(agent_ids))
+        mine = agent_ids[rank]
+        local = tuple(r for r, agent_id in enumerate(agent_ids) if agent_id == mine)
+        return cls(nodes.index(mine), len(nodes), local)
+
+
+class AgentLink:
+    """This rank's connection to its agent; a lost agent is replaced by the next :meth:`reconnect`.
+
+    Args:
+        root, run, remotes, config: of the store.
+        committed: remote name -> save_ids it holds, looked up after an agent was lost.
+
+    Attributes:
+        handles: save_id -> handle of the saves that are followed, oldest first.
+        topology: which ranks share an agent; one node until :meth:`meet`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        run: str,
+        rank: int,
+        remotes: Mapping[str, str],
+        config: StoreConfig,
+        committed: Callable[[], Mapping[str, set[str]]],
+    ) -> None:
+        self.handles: dict[str, SaveHandle] = {}
+        self.topology = Topology(0, 1, (rank,))  # until the agents are known; events may come before
+        self.relay: NodeRelay | None = None
+        self._root, self._run, self._rank = root, run, rank
+        self._remotes, self._config, self._committed = remotes, config, committed
+        self._client: AgentClient | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def client(self) -> AgentClient:
+        """The connected agent, or TransientError."""
+        if self._client is None:
+            raise TransientError("the node agent is not running", hint="the next save starts one")
+        return self._client
+
+    def reconnect(self) -> bool:
+        """Local. Attach if there is no connection; whether there was none: arenas go with their agent."""
+        if self._client is not None:
+            return False
+        self._client = AgentClient.connect(
+            self._root,
+            run=self._run,
+            slot=int(os.environ.get("LOCAL_RANK", self._rank)),
+            remotes={name: between_processes(url) for name, url in self._remotes.items()},
+            environ={k: v for k, v in os.environ.items() if k.startswith(CREDENTIAL_PREFIXES)},
+            config=self._config,
+            on_event=self._on_event,
+            rank=self._rank,
+        )
+        return True
+
+    def meet(self, agreement: Agreement, *, job: str) -> None:
+        """Collective. Learn which ranks share an agent; each node's first rank speaks for it."""
+        agent_ids = agreement.gather(self.client.agent_id, what="counting the nodes")
+        self.topology = Topology.of(agent_ids, self._rank)
+        if self.topology.num_nodes > 1 and self._rank == self.topology.local_ranks[0]:
+            self.relay = NodeRelay(
+                agreement.job_store(),
+                lambda: self.client,
+                job=job,
+                node=self.topology.node,
+                num_nodes=self.topology.num_nodes,
+                deadline_s=self._config.deadline_s,
+            )
+
+    def remember(self, handle: SaveHandle) -> None:
+        """Follow this save from now on; of finished ones only the newest are kept."""
+        with self._lock:
+            self.handles[handle.save_id] = handle
+            for save_id in list(self.handles)[:-KEPT_HANDLES]:
+                old = self.handles[save_id]
+                if old.done("local") and (not self._remotes or old.done("remote")):
+                    del self.handles[save_id]
+
+    def release(self, generation: int) -> None:
+        """Give an arena generation back unused, as far as that is possible."""
+        if self._client is not None:
+            try:
+                self._client.release(generation)
+            except CkptError as error:
+                log.debug("releasing an arena generation failed: %s", error)
+
+    def discard(self, save_id: str, reason: str) -> None:
+        """Tell everybody that this rank's part of a save will not come."""
+        said = f"rank {self._rank}: {reason}"
+        if self._client is not None:
+            try:
+                self._client.discard(save_id, said)
+            except CkptError as error:
+                log.debug("discarding save %s failed: %s", save_id, error)
+        if self.relay is not None:
+            self.relay.failed(save_id, said)
+
+    def close(self) -> None:
+        """Detach; the agent goes on with what it holds."""
+        if self.relay is not None:
+            self.relay.close()
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def wait(self, level: str, timeout_s: float | None) -> None:
+        """Local. Wait until every followed save has ``level``.
+
+        Raises:
+            SaveFailedError: one of them failed, each once.
+            SaveTimeoutError: not there in ``timeout_s`` seconds.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        failure: SaveFailedError | None = None
+        for handle in list(self.handles.values()):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                self.follow(handle, level, left)
+            except SaveFailedError as error:
+                failure = failure or error
+                self.handles.pop(handle.save_id, None)
+        if failure is not None:
+            raise failure
+
+    def follow(self, handle: SaveHandle, level: str, timeout_s: float | None) -> CheckpointInfo:
+        """Local. Wait for a level; if the agent is lost meanwhile, attach to a new one, which finishes its uploads.
+
+        Raises:
+            SaveFailedError, SaveTimeoutError: as ``SaveHandle.wait``.
+        """
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return handle.wait(level, min(max(left, 0.0), FOLLOW_SECONDS))
+            except SaveTimeoutError:
+                if left <= 0:
+                    raise
+            if self._client is None:
+                self.reconnect()
+                # What the lost agent committed just before its end was never told.
+                for name, save_ids in self._committed().items():
+                    if handle.save_id in save_ids:
+                        handle.reach("remote", name)
+
+    def _on_event(self, event: Event) -> None:
+        """Runs on the client's reader thread."""
+        if event.kind == "lost":
+            self._client = None
+            self._agent_lost()
+            return
+        if self.relay is not None:
+            self._tell_relay(self.relay, event)
+        handle = self.handles.get(event.save_id)
+        if handle is None:
+            return
+        several = self.topology.num_nodes > 1
+        data = event.data
+        if event.kind == "failed":
+            handle.fail(event.exception(), data.get("level", "staged"), data.get("remote"))
+        elif event.kind == "remote":
+            summary, stored_bytes = data["summary"], data["stored_bytes"]
+            handle.reach("remote", data["remote"], size_bytes=summary["size_bytes"], stored_bytes=stored_bytes)
+        elif event.kind == "skipped":
+            handle.pass_over(data["remote"])
+        elif event.kind == "announced":
+            handle.reach(data["level"])
+        elif event.kind == "sealed" and not several:
+            handle.reach("staged")
+        elif event.kind == "local" and not several:
+            handle.reach("local", size_bytes=data["summary"]["size_bytes"])
+
+    @staticmethod
+    def _tell_relay(relay: NodeRelay, event: Event) -> None:
+        if event.kind == "sealed":
+            relay.sealed(event.save_id)
+        elif event.kind == "prepared":
+            relay.prepared(event.save_id, [ShardManifest.model_validate(shard) for shard in event.data["shards"]])
+        elif event.kind == "local":
+            relay.local(event.save_id)
+        elif event.kind == "failed" and event.data.get("level") != "remote":
+            relay.failed(event.save_id, str(event.data.get("message", "failed")))
+
+    def _agent_lost(self) -> None:
+        """Saves that are not committed went with the agent's memory; say so."""
+        from ckptstore.repo.local import LocalTier
+
+        waiting = [h for h in self.handles.values() if not h.done("local")]
+        if not waiting:
+            return
+        try:
+            complete = {s.save_id for s in LocalTier(self._root).saves(self._run) if s.state == "complete"}
+        except CkptError:
+            complete = set()
+        for handle in waiting:
+            if handle.save_id in complete:
+                handle.reach("local")
+            else:
+                handle.fail(
+                    SaveFailedError(
+                        f"the node agent ended before step {handle.step} was on disk",
+                        hint="the next save starts a new agent; earlier checkpoints are untouched",
+                        step=handle.step,
+                        save_id=handle.save_id,
+                    )
+                )
