@@ -425,6 +425,14 @@ class Uploader:
         log.info(
             "save %s of %s, step %d, is on %s: %d bytes sent, %d stored",
             *(summary.save_id, self.run, summary.step, self.name, upload.sent_bytes, upload.stored_bytes),
+            extra={
+                "run": self.run,
+                "step": summary.step,
+                "save_id": summary.save_id,
+                "remote": self.name,
+                "event": "uploaded",
+                "bytes": upload.sent_bytes,
+            },
         )
         self._emit(
             Event(
@@ -447,7 +455,7 @@ class Uploader:
         """Note claims of other machines in the local tier, where this node's trainers look. Best effort."""
         try:
             known = self._tier.timelines(self.run)
-            for number in remote.timelines():
+            for number in remote.known_timelines():
                 if number > max(known, default=0) and (record := remote.timeline_record(number)) is not None:
                     self._tier.claim_timeline(self.run, number, record)
         except CkptError as error:

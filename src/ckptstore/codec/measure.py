@@ -21,6 +21,8 @@ _RUN_WORDS = 128
 
 #: (share of the most frequent value, bits): from this share on a byte is cut to so many bits before coding.
 _NARROW = ((0.85, 1), (0.5, 2), (0.12, 4))
+#: From this share of misfits on four bits are not worth it: finding them takes longer than coding whole bytes.
+_MISFITS = 0.05
 
 #: A lag must save this many bits per byte: summing it up again costs the reader time.
 _LAG_MARGIN_BITS = 0.2
@@ -111,24 +113,36 @@ def _trait(counts: Counts, bits: float) -> Trait:
         return Trait(bits, is_dense=True, is_even=True)
     most = counts.max() / max(1, counts.sum())
     narrow = next((n for share, n in _NARROW if most >= share), 0)
-    return Trait(bits, narrow_bits=narrow, bias=_bias(counts, (1 << narrow) - 1) if narrow else 0)
+    if not narrow:
+        return Trait(bits)
+    bias, held = _bias(counts, (1 << narrow) - 1)
+    if narrow == 4 and held < (1 - _MISFITS) * counts.sum():
+        return Trait(bits)
+    return Trait(bits, narrow_bits=narrow, bias=bias)
 
 
-def _bias(counts: Counts, size: int) -> int:
-    """First of the ``size`` successive values, 0 after 255, that occur most."""
+def _bias(counts: Counts, size: int) -> tuple[int, int]:
+    """First of the ``size`` successive values, 0 after 255, that occur most; and how often they do."""
     around = np.cumsum(np.concatenate([[0], counts, counts[: size - 1]]))
-    return int(np.argmax(around[size:] - around[:-size]))
+    within = around[size:] - around[:-size]
+    first = int(np.argmax(within))
+    return first, int(within[first])
 
 
 def _histograms(octets: Bytes) -> Counts:
     """Counts of each value in each column."""
-    return np.stack([np.bincount(octets[:, i], minlength=256) for i in range(octets.shape[1])])
+    width = octets.shape[1]
+    return np.bincount((octets + _COLUMNS[:width]).reshape(-1), minlength=256 * width).reshape(width, 256)
+
+
+_COLUMNS = 256 * np.arange(8)
+_X_LOG_X = np.arange(1 + _RUNS * _RUN_WORDS) * np.log2(np.maximum(1, np.arange(1 + _RUNS * _RUN_WORDS)))
 
 
 def _entropies(counts: Counts) -> npt.NDArray[np.float64]:
-    """Bits per byte for each row of counts."""
+    """Bits per byte for each row of counts, of a sample at most."""
     total = np.maximum(1, counts.sum(axis=1))
-    bits = np.log2(total) - (counts * np.log2(np.maximum(counts, 1))).sum(axis=1) / total
+    bits = np.log2(total) - _X_LOG_X[counts].sum(axis=1) / total
     # Miller-Madow: a finite sample looks more orderly than its source.
     seen = np.count_nonzero(counts, axis=1)
     return np.asarray(bits + np.maximum(0, seen - 1) / (2 * total * np.log(2)))

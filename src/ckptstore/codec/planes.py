@@ -61,29 +61,35 @@ def split(numbers: Words, old: Words | None, groups: list[int]) -> list[Words]:
         else:
             difference = SCRATCH.words("difference", len(block), width)
             words.difference(block, old[start : start + BLOCK], difference, spare[: len(block)])
-            _take_apart(difference, slices, spare[: len(block)])
+            _take_apart(difference, slices[:rest], spare[: len(block)])
+            head = _raw_head(difference, spare[: len(block)])
+            _take_apart(head, slices[rest:], SCRATCH.words("head spare", len(head), head.itemsize))
     return planes
 
 
 def join(planes: Sequence[Words], old: Words | None, *, rotated: bool, out: Words) -> None:
-    """Undo :func:`split`: against ``old`` if there is one, else as told.
+    """Undo :func:`split`: against ``old`` if there is one, else as told. ``old`` may be what ``out`` holds.
 
     Raises:
         IntegrityError: the planes can't come from :func:`split`.
     """
     count, width = len(out), out.itemsize
     rest = _planes_below_head([p.itemsize for p in planes], width)
+    is_in_place = old is not None and np.may_share_memory(old, out)
     for start in range(0, count, BLOCK):
         block = out[start : start + BLOCK]
         slices = [p[start : start + BLOCK] for p in planes]
+        before = None if old is None else old[start : start + BLOCK]
+        if is_in_place and before is not None:
+            before = SCRATCH.words("before", len(block), width)
+            np.copyto(before, block)
+        head = SCRATCH.words("head", len(block), head_bytes(width))
+        _put_together(slices[rest:], head)
         if rotated:
-            head = SCRATCH.words("head", len(block), head_bytes(width))
-            _put_together(slices[rest:], head)
             words.unrotate(head, SCRATCH.words("head spare", len(block), head.itemsize))
-            slices[rest:] = [head]
-        _put_together(slices, block)
-        if old is not None:
-            words.undifference(block, old[start : start + BLOCK], SCRATCH.words("spare", len(block), width))
+        _put_together([*slices[:rest], head], block)
+        if before is not None:
+            words.undifference(block, before, SCRATCH.words("spare", len(block), width))
 
 
 def _group(traits: list[Trait]) -> list[int]:
@@ -105,15 +111,20 @@ def _planes_below_head(groups: list[int], width: int) -> int:
     return int(covered.index(width - head_bytes(width)))
 
 
-def _rotated_head(block: Words, spare: Words) -> Words:
+def _raw_head(block: Words, spare: Words) -> Words:
     size = head_bytes(block.itemsize)
-    raw = block
-    if size < block.itemsize:
-        raw = SCRATCH.words("raw head", len(block), size)
-        np.right_shift(block, 8 * (block.itemsize - size), out=spare)
-        np.copyto(raw, spare, casting="unsafe")
-    head = SCRATCH.words("head", len(block), size)
-    words.rotate(raw, head, SCRATCH.words("head spare", len(block), size))
+    if size == block.itemsize:
+        return block
+    raw = SCRATCH.words("raw head", len(block), size)
+    np.right_shift(block, 8 * (block.itemsize - size), out=spare)
+    np.copyto(raw, spare, casting="unsafe")
+    return raw
+
+
+def _rotated_head(block: Words, spare: Words) -> Words:
+    raw = _raw_head(block, spare)
+    head = SCRATCH.words("head", len(block), raw.itemsize)
+    words.rotate(raw, head, SCRATCH.words("head spare", len(block), raw.itemsize))
     return head
 
 

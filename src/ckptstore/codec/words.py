@@ -18,6 +18,9 @@ from ckptstore.codec.arrays import Words
 from ckptstore.codec.base import BLOCK
 from ckptstore.codec.scratch import SCRATCH
 
+#: Looked at before all of them are: most tensors have a negative number among so few.
+_FEW = 64
+
 
 def rotate(words: Words, out: Words, spare: Words) -> None:
     """``out`` = ``words`` with the sign bit moved to the low end. ``out`` and ``spare`` are as long as ``words``."""
@@ -35,9 +38,7 @@ def unrotate(words: Words, spare: Words) -> None:
 
 def difference(words: Words, base: Words, out: Words, spare: Words) -> None:
     """``out`` = zigzag of (``words`` - ``base``) in the order of their values."""
-    _order(words, out)
-    _order(base, spare)
-    np.subtract(out, spare, out=out)
+    np.subtract(_ordered(words, out), _ordered(base, spare), out=out)
     np.right_shift(_signed(out), _top(words), out=_signed(spare))
     np.left_shift(out, 1, out=out)
     np.bitwise_xor(out, spare, out=out)
@@ -49,11 +50,11 @@ def undifference(words: Words, base: Words, spare: Words) -> None:
     np.negative(_signed(spare), out=_signed(spare))
     np.right_shift(words, 1, out=words)
     np.bitwise_xor(words, spare, out=words)
-    _order(base, spare)
-    np.add(words, spare, out=words)
-    np.right_shift(_signed(words), _top(words), out=_signed(spare))
-    np.right_shift(spare, 1, out=spare)
-    np.bitwise_xor(words, spare, out=words)
+    np.add(words, _ordered(base, spare), out=words)
+    if not _is_never_negative(words):
+        np.right_shift(_signed(words), _top(words), out=_signed(spare))
+        np.right_shift(spare, 1, out=spare)
+        np.bitwise_xor(words, spare, out=words)
 
 
 def round_to_bfloat16(master: Words, out: Words, spare: Words) -> None:
@@ -80,11 +81,22 @@ def equals_rounded(words: Words, master: Words) -> bool:
     return True
 
 
-def _order(words: Words, out: Words) -> None:
-    """``out`` = integers in the order of the numbers, up to a constant that cancels in differences; an involution."""
+def _ordered(words: Words, out: Words) -> Words:
+    """Integers in the order of the numbers, up to a constant that cancels in differences; an involution.
+
+    In ``out``, or ``words`` themselves where no number is negative (second moments): they are in order as they are.
+    """
+    if _is_never_negative(words):
+        return words
     np.right_shift(_signed(words), _top(words), out=_signed(out))
     np.right_shift(out, 1, out=out)
     np.bitwise_xor(out, words, out=out)
+    return out
+
+
+def _is_never_negative(words: Words) -> bool:
+    signed = _signed(words)
+    return bool(len(words)) and bool(signed[:_FEW].min() >= 0) and bool(signed.min() >= 0)
 
 
 def _signed(words: Words) -> Words:

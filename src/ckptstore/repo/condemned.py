@@ -10,6 +10,9 @@ Either the collector's second look comes after the shard manifest, and spares it
 the list was published before the committer reads it, who sends again, under other names, what is on it. No clock
 decides.
 
+A list counts as published once there is *news* of it (:mod:`ckptstore.repo.remote_run`): committers that remember the
+lists read them again when there is, and a list nobody was told of is not carried out.
+
 A list stays after its objects are deleted, until no save is under way that was then: whoever still believes in a pack
 that is gone must find it on the list.
 """

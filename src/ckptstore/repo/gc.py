@@ -169,6 +169,7 @@ class _Collector:
         self._done = Collected(remote.run)
 
     def collect(self, progress: MarkProgress | None) -> Collected:
+        announced = self._announced()
         lists, swept = self._lists()
         marks = mark(
             self._remote,
@@ -180,15 +181,28 @@ class _Collector:
         )
         self._done.dead_intents = sorted(marks.expired)
         limit = self._now - timedelta(seconds=self._rules.grace_seconds)
-        due = {i: one for i, (published, one) in lists.items() if i not in swept and published <= limit}
+        due = {
+            i: one for i, (published, one) in lists.items() if i not in swept and published <= limit and i in announced
+        }
         self._sweep(due, marks)
-        for list_id, waiting_for in swept.items():
-            if not set(waiting_for) & (marks.underway | marks.expired):
-                self._take_back(list_id)
-        self._condemn({key for _, one in lists.values() for key in one.keys}, set(due) | set(swept), lists, marks)
+        done = {i for i, waiting in swept.items() if not set(waiting) & (marks.underway | marks.expired)}
+        for list_id in done:
+            self._take_back(list_id)
+        new = self._condemn({key for _, one in lists.values() for key in one.keys}, set(due) | set(swept), lists, marks)
+        self._announce((set(lists) - done) | new, announced)
         kept = [info for key, info in marks.packs.items() if marks.is_needed(key)]
         self._done.kept_packs, self._done.kept_bytes = len(kept), sum(info.size_bytes for info in kept)
         return self._done
+
+    def _announced(self) -> frozenset[str]:
+        """Lists that committers have been told of: a list that was put by a collector who died just then is not."""
+        news = self._remote.news("condemned")
+        return frozenset(news.names if news is not None else ())
+
+    def _announce(self, lists: set[str], announced: frozenset[str]) -> None:
+        """Tell committers, who remember the lists, that these are the lists now. Carried out is only what was told."""
+        if self._lease is not None and lists != announced:
+            self._remote.put_news("condemned", lists)
 
     def _lists(self) -> tuple[dict[str, tuple[datetime, CondemnedList]], dict[str, tuple[str, ...]]]:
         """The condemned lists with the server's time of each, and what those that were carried out wait for."""
@@ -247,8 +261,8 @@ class _Collector:
         finished: set[str],
         lists: dict[str, tuple[datetime, CondemnedList]],
         marks: Marks,
-    ) -> None:
-        """Publish what is garbage now and on no list."""
+    ) -> set[str]:
+        """Publish what is garbage now and on no list; the ids of the new lists."""
         garbage = marks.garbage()
         waiting = {key for i, (_, one) in lists.items() if i not in finished for key in one.keys}
         self._done.waiting = [
@@ -256,15 +270,18 @@ class _Collector:
         ]
         new = [key for key in garbage if key not in announced and self._is_in_part(key)]
         self._done.condemned = [_doomed(key, garbage) for key in new]
+        published: set[str] = set()
         if self._lease is None:
-            return
+            return published
         commits = tuple(sorted(save.name for save in marks.commits.values()))
         for at in range(0, len(new), condemned.MAX_KEYS):
             keys = tuple(new[at : at + condemned.MAX_KEYS])
             document = CondemnedList(run=self._remote.run, keys=keys, commits=commits)
-            name = condemned.list_name(condemned.new_list_id())
+            list_id = condemned.new_list_id()
             self._lease.check()
-            self._remote.create_document(f"condemned/{name}", document.encode())
+            self._remote.create_document(f"condemned/{condemned.list_name(list_id)}", document.encode())
+            published.add(list_id)
+        return published
 
     def _is_in_part(self, key: str) -> bool:
         return zlib.crc32(_owner(key).encode()) % self._count == self._index

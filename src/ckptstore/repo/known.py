@@ -1,4 +1,8 @@
-"""What the newest committed saves of a remote hold already, so that a push refers to it instead of sending it again.
+"""What the committed saves of a remote hold already, so that a push refers to it instead of sending it again.
+
+The newest two saves and the parent are *consulted*: bases come from them. Older ones are *remembered*, newest first and
+within a bound on memory: a chunk that comes back as it was then (a model set back, an average restarted, saves that
+alternate) is referenced too.
 
 Two questions: is this very chunk there (by digest), and is there a full chunk of the same place in the same tensor to
 take a difference against, with its plain bytes at hand on the local disk? Both are only answered from saves whose root
@@ -22,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckptstore.errors import FormatError, IntegrityError, NoStoreError, NotFoundError
+from ckptstore.errors import CheckpointNotFoundError, FormatError, IntegrityError, NoStoreError, NotFoundError
 from ckptstore.format.manifest import Piece, RemoteShard, ShardManifest, digest
 from ckptstore.repo.durable import READ_FLAGS
 from ckptstore.repo.packs import Chunk, PlacedFrame, chunks_of, pack_owner, placed
@@ -32,6 +36,10 @@ _log = logging.getLogger("ckptstore.repo")
 
 #: How many committed saves are consulted, newest first: the latest, and one more in case it was a line of its own.
 RECENT_SAVES = 2
+#: How many older ones are remembered at most, ...
+OLDER_SAVES = 16
+#: ... and how many chunks of theirs: about a kilobyte each.
+OLDER_CHUNKS = 1 << 16
 #: A delta makes a restore read two frames: against its base it must save at least this share.
 DELTA_MUST_SAVE = 0.05
 #: A pack of which the consulted saves need less than this share is not referred to any more.
@@ -39,7 +47,7 @@ MIN_LIVE_SHARE = 0.25
 #: Saves of another world size are consulted only up to this many ranks: one document each must be read.
 MAX_FOREIGN_RANKS = 64
 
-_HEADS_IN_FLIGHT = 8
+_REQUESTS_IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class KnownChunks:
         self._lock = threading.Lock()
 
     def gather(self, committed: list[RemoteSave], shards: list[ShardManifest], local: Mapping[str, Path]) -> None:
-        """Read what the newest committed saves say about these shards' chunks.
+        """Read what committed saves say about these shards' chunks.
 
         Args:
             committed: The remote's committed saves, oldest first, without the one being pushed.
@@ -100,18 +108,26 @@ class KnownChunks:
         summary = next((s.summary for s in shards if s.summary is not None), None)
         if summary is not None and summary.parent is not None:
             recent = [s for s in committed if s.save_id == summary.parent.save_id and s not in recent] + recent
-        documents = [d for save in recent for d in self._documents(save, shards)]
+        documents = [d for save in recent for d in self._consult(save, shards)]
         owners = {pack_owner(list(placed(d, f).chain())[-1].pack) for d in documents for f in d.frames if f.base}
-        live = {(p.pack, p.offset): p.length for d in documents for p in _parts(d)}
+        left = [save for save in committed if save not in recent]
+        bases = [save for save in left if save.save_id in owners and save.save_id in local]
+        older = self._remember([*bases, *(save for save in reversed(left) if save not in bases)], len(bases), shards)
+        for document in [*reversed(older), *documents]:
+            self.add(document, local.get(document.shard.save_id))
+        self._count_live(documents, older, shards)
+
+    def _count_live(self, documents: list[RemoteShard], older: list[RemoteShard], shards: list[ShardManifest]) -> None:
+        """How much of each pack the consulted saves need, and what will be pushed."""
+        live = {(part.pack, part.offset): part.length for document in documents for part in _parts(document)}
+        for chunk in (chunk for shard in shards for row in chunks_of(shard) for chunk in row):
+            for is_derived in (False, True):
+                frame = self._frames.get((chunk.digest, chunk.size_bytes, is_derived))
+                if frame is not None:
+                    live.update({(part.pack, part.offset): part.length for part in frame.chain()})
+        self._live_bytes.update(dict.fromkeys((pack for document in older for pack in document.packs), 0))
         for (pack, _), length in live.items():
             self._live_bytes[pack] += length
-        seen = {save.save_id for save in recent}
-        bases = [s for s in committed if s.save_id in owners - seen and s.save_id in local]
-        older = [d for save in bases for d in self._documents(save, shards)]
-        for pack in {pack for document in older for pack in document.packs}:
-            self._live_bytes[pack] += 0
-        for document in older + documents:
-            self.add(document, local.get(document.shard.save_id))
 
     def add(self, document: RemoteShard, path: Path | None) -> None:
         """Take in a shard of a committed save, or one this push has just sent; later ones win."""
@@ -168,7 +184,7 @@ class KnownChunks:
         for part in _parts(document):
             if part.pack not in ends or part.offset + part.length > ends[part.pack].offset + ends[part.pack].length:
                 ends[part.pack] = replace(part, base=None)
-        with ThreadPoolExecutor(_HEADS_IN_FLIGHT) as pool:
+        with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
             return all(pool.map(self._is_there, ends.values()))
 
     def distrust(self, packs: Collection[str]) -> None:
@@ -198,7 +214,8 @@ class KnownChunks:
                 self._pack_bytes[pack] = size_bytes
         return size_bytes
 
-    def _documents(self, save: RemoteSave, shards: list[ShardManifest]) -> list[RemoteShard]:
+    def _consult(self, save: RemoteSave, shards: list[ShardManifest]) -> list[RemoteShard]:
+        """This save's documents, if it is committed still."""
         try:
             root = self._remote.root_manifest(save)
             world_size = root.summary.world_size
@@ -206,7 +223,12 @@ class KnownChunks:
                 ranks = {shard.rank for shard in shards}
             else:
                 ranks = set(range(world_size)) if world_size <= MAX_FOREIGN_RANKS else set()
-            return [self._remote.cached_shard(save.save_id, ref) for ref in root.shards if ref.rank in ranks]
+            refs = tuple(ref for ref in root.shards if ref.rank in ranks)
+            self._remote.remember_refs(save, frozenset(ranks), refs)
+            return [self._remote.cached_shard(save.save_id, ref) for ref in refs]
+        except CheckpointNotFoundError:
+            self._remote.forget_known()  # deleted since it was listed, so other things may have happened as well
+            return []
         except NoStoreError:
             raise
         except (NotFoundError, FormatError, IntegrityError) as error:
@@ -214,6 +236,38 @@ class KnownChunks:
                 "save %s on %s is damaged, so nothing is taken from it: %s", save.save_id, self._remote.name, error
             )
             return []
+
+    def _remember(self, saves: list[RemoteSave], least: int, shards: list[ShardManifest]) -> list[RemoteShard]:
+        """Documents of older saves, as far as they are wanted and memory goes; what can't be had is no loss.
+
+        Whether such a save is committed still is not asked: a chunk that is there, and not condemned, is as good.
+
+        Args:
+            saves: In the order in which they are wanted.
+            least: So many of them however large they are: bases.
+            shards: Of the same ranks.
+        """
+        ranks, world_size = frozenset(shard.rank for shard in shards), shards[0].world_size
+
+        def read(save: RemoteSave) -> list[RemoteShard]:
+            try:
+                return self._remote.remembered_shards(save, ranks, world_size)
+            except NoStoreError:
+                raise
+            except (NotFoundError, FormatError, IntegrityError):
+                return []
+
+        found: list[RemoteShard] = []
+        budget = OLDER_CHUNKS
+        wanted = saves[: least + OLDER_SAVES]
+        with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+            for at in range(0, len(wanted), _REQUESTS_IN_FLIGHT):
+                for number, documents in enumerate(pool.map(read, wanted[at : at + _REQUESTS_IN_FLIGHT]), at):
+                    budget -= sum(len(document.frames) for document in documents)
+                    if budget < 0 and number >= least:
+                        return found
+                    found += documents
+        return found
 
 
 def _parts(document: RemoteShard) -> Iterator[PlacedFrame]:

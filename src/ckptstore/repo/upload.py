@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ckptstore.config import StoreConfig
 from ckptstore.errors import (
+    CkptError,
     ConflictError,
     FormatError,
     IncompleteCheckpointError,
@@ -36,7 +37,7 @@ from ckptstore.repo.local import LocalTier
 from ckptstore.repo.pack_writer import PackWriter
 from ckptstore.repo.packs import FrameTable, PlacedFrame, own_bytes, pack_owner
 from ckptstore.repo.progress import Meter, ProgressCallback
-from ckptstore.repo.remote import RemoteTier
+from ckptstore.repo.remote import RemoteSave, RemoteTier
 
 #: How often a push sends again what gc has condemned meanwhile, before it gives up for now.
 MAX_ROUNDS = 5
@@ -104,18 +105,37 @@ def push(
     shards = tier.shard_manifests_present(path)
     if not shards:
         raise IncompleteCheckpointError(f"{path} holds no shard", path=str(path), run=run)
-    save_id = shards[0].save_id
     meter = Meter(sum(piece.size_bytes for shard in shards for piece in shard.pieces), progress)
     remote.create()
-    committed = remote.saves()
-    done = next((save for save in committed if save.save_id == save_id), None)
-    root = remote.root_manifest(done) if done is not None else None
+    try:
+        return _push_shards(tier, path, run, shards, remote, config, meter, cancelled or _never, distrust)
+    except CkptError:
+        remote.forget_known()
+        raise
+
+
+def _push_shards(
+    tier: LocalTier,
+    path: Path,
+    run: str,
+    shards: list[ShardManifest],
+    remote: RemoteTier,
+    config: StoreConfig,
+    meter: Meter,
+    cancelled: Callable[[], bool],
+    distrust: Collection[str],
+) -> PushResult:
+    save_id = shards[0].save_id
+    committed = remote.known_saves()
+    summary = next((shard.summary for shard in shards if shard.summary is not None), None)
+    named = [RemoteSave.of(summary)] if summary is not None else [s for s in committed if s.save_id == save_id]
+    root = remote.find_root(named[0]) if named else None
     if root is not None:
         _check_ours(remote, shards, root)
     # Before anything is looked up: what gc deletes from now on, it has announced to those whose intent is there.
     is_resumed = root is not None or not remote.put_intent(save_id)
     known = KnownChunks(remote, distrust)
-    job = _Push(path, remote, config, known, meter, cancelled or _never, distrust)
+    job = _Push(path, remote, config, known, meter, cancelled, distrust)
     job.is_committed = root is not None
     try:
         left = [shard for shard in shards if not (is_resumed and job.is_there(shard))]
@@ -124,7 +144,7 @@ def push(
                 remote.put_intent(save_id)
                 known.look_again()
             here = {s.save_id: s.path for s in tier.saves(run) if s.state == "complete" and s.save_id != save_id}
-            known.gather([save for save in committed if save != done], shards, here)
+            known.gather([save for save in committed if save.save_id != save_id], shards, here)
         for shard in left:
             job.send(shard)
         if left or root is None:

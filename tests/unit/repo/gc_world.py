@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -121,6 +121,10 @@ class World:
     paths: list[Path] = field(default_factory=list)
     promised: set[str] = field(default_factory=set)
     paused: list[Paused] = field(default_factory=list)
+    agents: list[RemoteTier] = field(default_factory=list)
+    """Long-lived processes that push, and remember what they have seen of the bucket."""
+    is_warm: ClassVar[bool] = True
+    """Whether there are such: else each push is a process of its own."""
 
     def __post_init__(self) -> None:
         self.server = MemoryBlobStore(new_nonce(), clock=self.clock)
@@ -137,10 +141,16 @@ class World:
 
     def push(self, number: int, plan: Sequence[Interruption] = ()) -> None:
         path = self.paths[number % len(self.paths)]
+        agent = self.agents.pop() if self.agents and self.is_warm else self.tier_of(self.server)
+        agent.blob = Client(self.server, plan)
         try:
-            result = push(self.tier, path, RUN, self.tier_of(Client(self.server, plan)), config=CONFIG)
-        except (Crash, CkptError):
+            result = push(self.tier, path, RUN, agent, config=CONFIG)
+        except Crash:
             return
+        except CkptError:
+            self.agents.append(agent)
+            return
+        self.agents.append(agent)
         if result.committed is not None:
             save_id = result.committed.summary.save_id
             if any(save.save_id == save_id for save in self.tier_of(self.server).saves()):
@@ -238,14 +248,19 @@ def blind_to_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RemoteTier, "condemned", lambda self: frozenset())
 
 
+def deaf_to_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A committer that believes for ever that the lists are what they were."""
+    monkeypatch.setattr(RemoteTier, "_mark", lambda self, folder: None)
+
+
 def without_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """A collector that deletes what it condemns at once."""
     condemn = gc._Collector._condemn
 
-    def now(self: Any, announced: Any, finished: Any, lists: Any, marks: Marks) -> None:
+    def now(self: Any, announced: Any, finished: Any, lists: Any, marks: Marks) -> set[str]:
         garbage = marks.garbage()
         self._delete(sorted(garbage), garbage)
-        condemn(self, announced, finished, lists, marks)
+        return condemn(self, announced, finished, lists, marks)
 
     monkeypatch.setattr(gc._Collector, "_condemn", now)
 

@@ -25,6 +25,7 @@ from gc_world import (
     World,
     blind_to_intents,
     blind_to_lists,
+    deaf_to_news,
     without_a_second_look,
     without_grace,
 )
@@ -66,7 +67,7 @@ def test_packs_of_a_deleted_save_go_after_the_grace_and_shared_ones_stay(world: 
     world.delete(0)
     world.collect_all()
     assert world.packs() == set()
-    assert {key.split("/")[0] for key in _keys(world)} <= {"timelines", "pins"}, "nothing else is left"
+    assert {key.split("/")[0] for key in _keys(world)} <= {"timelines", "pins", "news"}, "nothing else is left"
 
 
 def _keys(world: World) -> list[str]:
@@ -170,6 +171,19 @@ def a_push_is_between_its_packs_and_its_manifest(world: World) -> None:
     world.resume()
 
 
+def a_list_is_published_while_an_agent_remembers_older_ones(world: World) -> None:
+    """An agent that has read the lists once hears of a new one, whatever it remembers, in the middle of its push."""
+    pushed(world, 0)
+    pushed(world, 1)  # by an agent that is warm now
+    world.save([0])
+    world.pause(lambda plan: world.push(2, plan), putting("/shards/"))
+    world.delete(0)
+    for _ in range(3):
+        world.collect()
+        world.wait(DAY)
+    world.resume()
+
+
 @pytest.mark.parametrize(
     ("story", "mutation"),
     [
@@ -177,6 +191,7 @@ def a_push_is_between_its_packs_and_its_manifest(world: World) -> None:
         (a_list_comes_out_after_a_push_has_read_them, without_a_second_look),
         (a_list_comes_out_after_a_push_has_read_them, without_grace),
         (a_push_is_between_its_packs_and_its_manifest, blind_to_intents),
+        (a_list_is_published_while_an_agent_remembers_older_ones, deaf_to_news),
     ],
 )
 def test_nothing_is_lost_and_something_is_when_the_guard_is_taken_out(
@@ -194,6 +209,25 @@ def test_nothing_is_lost_and_something_is_when_the_guard_is_taken_out(
     story(unguarded)
     with pytest.raises((AssertionError, Exception), match=r"was deleted|there is no object"):
         unguarded.check()
+
+
+def test_a_list_nobody_was_told_of_is_not_carried_out(world: World) -> None:
+    """A collector dies between the list and its news: an agent that remembers older lists would never look."""
+    from gc_world import Interruption, crash
+
+    pushed(world, 0)
+    pushed(world, 1)
+    world.delete(0)
+    world.collect([Interruption(putting("/news/"), crash)])
+    assert [key for key in _keys(world) if key.startswith("condemned/")]
+    before = {key for key in _keys(world) if key.startswith("shards/")}
+    world.wait(DAY)
+    world.collect()
+    assert {key for key in _keys(world) if key.startswith("shards/")} == before
+    world.wait(DAY)
+    world.collect()
+    assert {key for key in _keys(world) if key.startswith("shards/")} < before
+    world.check()
 
 
 # --- listings that lie

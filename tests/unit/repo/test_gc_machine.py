@@ -170,6 +170,7 @@ def test_nothing_needed_is_ever_lost_when_anything_happens_in_any_order() -> Non
 
 def test_machine_notices_when_the_grace_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     without_grace(monkeypatch)
+    monkeypatch.setattr(World, "is_warm", False)  # more requests to be stopped at: it is found sooner
     with pytest.raises(BaseException, match=r"was deleted|is not on r|there is no object|gone"):
         run_state_machine_as_test(
             GcMachine,
