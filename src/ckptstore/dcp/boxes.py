@@ -7,12 +7,12 @@ their place in the global one. What it can't place exactly it refuses, by key.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parameter import is_lazy
 
 from ckptstore.dcp.fsdp1 import local_shard
@@ -152,34 +152,33 @@ def _place(key: str, global_shape: Shape, mesh: Any, placements: tuple[Any, ...]
             raise _refusal(
                 key, "a DTensor with a pending reduction (Partial)", "redistribute it to Replicate or Shard first"
             )
-    strided = any(type(p).__name__ == "_StridedShard" for p in placements)
-    if not all(p.is_replicate() or type(p) is Shard or type(p).__name__ == "_StridedShard" for p in placements):
+    if not all(p.is_replicate() or type(p) is Shard or _is_strided(p) for p in placements):
         raise _refusal(key, f"a DTensor with placements {placements}")
-    shape, offsets = _computed_place(global_shape, mesh, placements)
-    if strided and not _is_one_run(global_shape, mesh, placements):
-        raise _refusal(key, f"a DTensor whose local part is not one box (placements {placements})")
-    return shape, offsets
+    for d, p in enumerate(placements):
+        if _is_strided(p) and p.split_factor != prod(
+            mesh.shape[right]
+            for right in range(d + 1, len(placements))
+            if getattr(placements[right], "dim", None) == p.dim
+        ):
+            raise _refusal(key, f"a DTensor whose local part is not one box (placements {placements})")
+    return _computed_place(global_shape, mesh, placements)
+
+
+def _is_strided(placement: Any) -> bool:
+    """FSDP2 over another way of sharding the same dimension: it cuts what that has left."""
+    return type(placement).__name__ == "_StridedShard"
 
 
 @lru_cache(maxsize=4096)
 def _computed_place(global_shape: Shape, mesh: Any, placements: tuple[Any, ...]) -> tuple[Shape, Shape]:
-    """Cached: most tensors of a model have one of few shapes, and torch takes 0.1 ms for each."""
-    shape, offsets = compute_local_shape_and_global_offset(global_shape, mesh, placements)
-    return tuple(shape), (0,) * len(global_shape) if 0 in shape else tuple(int(o) for o in offsets)
-
-
-def _is_one_run(global_shape: Shape, mesh: Any, placements: tuple[Any, ...]) -> bool:
-    """Whether interleaved sharding (FSDP2 over tensor parallelism) still leaves consecutive rows on this rank."""
-    from torch.distributed.tensor._utils import _get_shard_size_and_offsets
-
-    index: dict[int, torch.Tensor | None] = {}
-    sizes = list(global_shape)
-    coordinate = mesh.get_coordinate()
-    for mesh_dim, placement in enumerate(placements):
-        if placement.is_replicate():
-            continue
-        dim = placement.dim
-        sizes[dim], index[dim] = _get_shard_size_and_offsets(
-            sizes[dim], mesh.shape[mesh_dim], coordinate[mesh_dim], placement, index.get(dim), global_shape[dim], False
-        )
-    return all(rows is None or len(rows) < 2 or bool((rows.diff() == 1).all()) for rows in index.values())
+    """By arithmetic: torch's own is off where FSDP2 cuts uneven parts, and takes 0.1 ms for each."""
+    shape, offsets, where = list(global_shape), [0] * len(global_shape), mesh.get_coordinate()
+    cuts = [d for d, p in enumerate(placements) if not p.is_replicate()]
+    plain_ones = [d for d in cuts if not _is_strided(placements[d])]
+    for d in (*plain_ones, *(d for d in reversed(cuts) if _is_strided(placements[d]))):
+        dim = placements[d].dim
+        size = -(-shape[dim] // mesh.shape[d])
+        start = min(size * where[d], shape[dim])
+        offsets[dim] += start
+        shape[dim] = min(size, shape[dim] - start)
+    return tuple(shape), (0,) * len(shape) if 0 in shape else tuple(offsets)
