@@ -9,14 +9,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dashboard_server import EVIL, JOB, Served, add_save, eventually, served, write_run
+from dashboard_server import EVIL, JOB, Served, add_save, eventually, now, served, write_run
 
-from ckptstore import CheckpointStore, StoreConfig
+from ckptstore import CheckpointManager, CheckpointStore, StoreConfig
+from ckptstore.clock import rfc3339
+from ckptstore.repo import journal
+from ckptstore.repo.local import LocalTier
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 from selenium.webdriver.chrome.options import Options  # noqa: E402
@@ -121,7 +125,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = folder / "store"
     for step in range(1, 61):
         add_save(root, step, run="long", metrics={"val/loss": 1 / step, "acc": step / 60}, emergency=step == 7)
+    add_marks(root)
     return folder
+
+
+def add_marks(root: Path) -> None:
+    """A run that crashed at step 24 and went on from its checkpoint at step 10."""
+    begun = now() - timedelta(hours=1)
+
+    def point(step: int, after_s: int) -> dict[str, Any]:
+        return {"time": rfc3339(begun + timedelta(seconds=after_s)), "step": step, "metrics": {"loss": 9.0, "lr": 0.1}}
+
+    tier = LocalTier(root)
+    for number, step in enumerate((10, 20), 1):
+        add_save(root, step, run="marks", save_id=f"{JOB}-{number}", metrics={"loss": 1 / step})
+    journal.append(tier, "marks", "live", [point(step, step) for step in range(2, 25, 2)])
+    death = {"time": rfc3339(begun + timedelta(seconds=25)), "ended": "lost", "job": JOB, "rank": 0, "step": 20}
+    journal.append(tier, "marks", "jobs", [death])
+    journal.append(tier, "marks", "live", [point(step, 500 + step) for step in range(12, 43, 2)])
+    parent = {"save_id": f"{JOB}-1", "timeline": 1, "step": 10}
+    for number, step in enumerate((20, 30), 1):
+        save_id = f"0123456789ac-{number}"
+        add_save(root, step, run="marks", save_id=save_id, timeline=2, parent=parent, metrics={"loss": 1 / step})
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +166,34 @@ PAGES = (
     "run/long/checkpoints",
     f"run/bert/checkpoint/{JOB}-5/",
     "run/bert/storage",
+    "run/marks/checkpoints",
 )
+
+
+#: Texts whose contrast is below WCAG's AA: 4.5, or 3 where they are large.
+HARD_TO_READ = """
+const parse = (c) => { const n = c.match(/[0-9.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
+const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3]));
+const light = (c) => c.map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const found = [];
+const walk = (element, below, alpha) => {
+  const style = getComputedStyle(element);
+  if (style.display === "none" || style.visibility === "hidden") return;
+  if (element.matches("svg, .visually-hidden, .skip, noscript, option")) return;
+  const behind = over(parse(style.backgroundColor), below), seen = alpha * Number(style.opacity);
+  const says = [...element.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+  if (says && !element.disabled) {
+    const [r, g, b, a] = parse(style.color), ink = over([r, g, b, a * seen], behind);
+    const [hi, lo] = [light(ink), light(behind)].sort((x, y) => y - x), ratio = (hi + 0.05) / (lo + 0.05);
+    const size = parseFloat(style.fontSize), isLarge = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+    if (ratio < (isLarge ? 3 : 4.5)) found.push([element.textContent.trim().slice(0, 40), ratio]);
+  }
+  for (const child of element.children) walk(child, behind, seen);
+};
+walk(document.body, [255, 255, 255], 1);
+return found;
+"""
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -159,6 +211,7 @@ def test_page_is_whole(browser: Browser, site: Served, page: str, look: str) -> 
         assert width <= room, "nothing sticks out sideways"
         dark = browser.js("return getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 27)"
         assert dark == (look == "dark")
+        assert not browser.js(HARD_TO_READ), "letters stand out from what is behind them"
     finally:
         browser.phone(None)
         browser.scheme("light")
@@ -233,6 +286,37 @@ def test_treemap_and_waterfall_tell_the_story_in_words_too(browser: Browser, sit
     assert "model.embed.weight" in browser.text("#largest-rows")
 
 
+def test_curves_show_what_happened_to_the_jobs(browser: Browser, site: Served) -> None:
+    browser.open(f"{site.url}run/marks/training")
+    browser.charts_are_drawn()
+    names = set(browser.js("return document.getElementById('curve').data.map((t) => t.name)"))
+    assert {"live", "lost work", "checkpoints", "resumed from"} <= names
+    lines = browser.js("return document.getElementById('curve').layout.shapes.map((s) => [s.name, s.x0])")
+    assert sorted(lines) == [["crash", 24], ["resume", 10]]
+    assert "1 resume. 1 crash." in browser.text("#curve-words")
+    options = browser.js("return [...document.getElementById('metric').options].map((o) => o.value)")
+    assert options == ["loss", "lr", "steps_per_second"], "live metrics can be chosen as well"
+    browser.js("const m = document.getElementById('metric'); m.value = 'lr'; m.dispatchEvent(new Event('change'))")
+    assert "28 live values of lr, none at a checkpoint yet" in browser.text("#curve-words")
+    browser.js("const a = document.getElementById('axis'); a.value = 'time'; a.dispatchEvent(new Event('change'))")
+    assert len(browser.js("return document.getElementById('curve').layout.shapes")) == 2
+
+
+def test_a_checkpoint_is_pinned_and_verified_by_two_clicks(browser: Browser, tmp_path: Path) -> None:
+    write_run(tmp_path, "bert", 2)
+    token = "a-token-nobody-guesses"
+    with served(str(tmp_path / "store"), f"file://{tmp_path}/bucket", token=token, allow_actions=True) as one:
+        browser.open(f"{one.url}run/bert/checkpoint/{JOB}-2/?token={token}")
+        assert token not in browser.driver.current_url
+        browser.all("form[action=pin] button")[0].click()
+        assert "pinned" in browser.text("[data-key=facts]")
+        assert LocalTier(tmp_path / "store").pins("bert") == {f"{JOB}-2"}
+        browser.all("form[action=verify] button")[0].click()
+        eventually(lambda: "every byte is right" in browser.text("[data-key=actions]"))
+        eventually(lambda: browser.text("[data-key=verified]").count("✓ good") == 2)
+        browser.open("about:blank")
+
+
 def test_names_stay_text_when_they_are_scripts(browser: Browser, tmp_path: Path) -> None:
     write_run(tmp_path, "bert", 1, **{EVIL: [3.0, 2.0, 1.0]})
     for step in (500, 600):
@@ -273,7 +357,7 @@ def test_a_report_opens_without_a_store_or_a_network(browser: Browser, folder: P
     words = browser.text()
     for part in ("At risk", "loss_history (30)", "local holds 288 KiB as loaded", "500", "push --all"):
         assert part in words
-    assert len(browser.all("tbody tr")) == 2 + 6
+    assert len(browser.all(".wide tbody tr")) == 6
 
 
 def test_a_report_keeps_scripts_as_text(browser: Browser, tmp_path: Path) -> None:
@@ -338,6 +422,41 @@ def test_page_lives_during_a_real_training(browser: Browser, tmp_path: Path) -> 
             trainer.join(1)
         trainer.join(60)
     assert not failures
+
+
+def test_curves_grow_between_checkpoints_of_a_real_training(browser: Browser, tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    manager = CheckpointManager(
+        tmp_path / "store",
+        run="live",
+        save_every_steps=0,
+        save_every_seconds=0,
+        config=StoreConfig(agent_idle_exit_seconds=1),
+    ).track(model=model, optimizer=optimizer)
+    with manager:
+        handle = manager.save_checkpoint(global_step=1, metrics={"loss": 2.0})
+        assert handle is not None
+        handle.wait("local")
+        with served(str(tmp_path / "store")) as one:
+            browser.open(f"{one.url}run/live/training")
+            browser.charts_are_drawn()
+            live = "return document.getElementById('curve').data.find((t) => t.name === 'live')?.y.length ?? 0"
+            step = 1
+
+            def grows(to: int) -> bool:
+                nonlocal step
+                step += 1
+                manager.step(step, metrics={"loss": torch.tensor(1 / step)})
+                return bool(browser.js(live) >= to)
+
+            _stays(browser, lambda: grows(2))
+            _stays(browser, lambda: grows(4))
+            assert len(one.get("/run/live/series.json").json["step"]) == 1, "no checkpoint came meanwhile"
+            assert "lr" in browser.js("return [...document.getElementById('metric').options].map((o) => o.value)")
+            browser.open(f"{one.url}run/live/storage")
+            assert "Keeps the last 5, the best 1" in browser.text()
+            browser.open("about:blank")
 
 
 def _stays(browser: Browser, look: Callable[[], object]) -> None:
