@@ -33,6 +33,17 @@ def wants_json(environ: Mapping[str, str] = os.environ) -> bool:
     return wanted == "json"
 
 
+def log_json(*names: str, level: int = logging.INFO) -> None:
+    """Send what these loggers say to stderr, in JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
 class JsonFormatter(logging.Formatter):
     """``{"time", "level", "logger", "pid", "thread", "message", ...}``, with what the record says in ``extra``.
 
@@ -55,5 +66,6 @@ class JsonFormatter(logging.Formatter):
             line |= {"error": type(error).__name__, "error_message": str(error)}
             if isinstance(error, CkptError):
                 line |= {"code": error.exit_code, "hint": error.hint}
-            line["traceback"] = self.formatException(record.exc_info)
+            if record.exc_info[2] is not None:
+                line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

@@ -6,6 +6,7 @@ import difflib
 import gc
 import importlib
 import json
+import logging
 import os
 import sys
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import click
 
 from ckptstore.cli.options import Settings, shared_options
-from ckptstore.errors import CkptError
+from ckptstore.errors import CkptError, ConfigError
+from ckptstore.logs import log_json, wants_json
 
 #: Verb -> the line `ckptctl --help` shows. The verb lives in `cli/verbs/<name>.py` as `command`.
 VERBS = {
@@ -108,6 +110,8 @@ def _report(error: CkptError, *, as_json: bool) -> int:
             "hint": error.hint,
         }
         print(json.dumps(record), file=sys.stderr)
+    elif _logs_json():
+        logging.getLogger("ckptctl").error(error.message, exc_info=(type(error), error, None))
     else:
         print(f"ckptctl: {error.message}", file=sys.stderr)
         if error.hint:
@@ -124,6 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
     try:
+        if wants_json():
+            log_json(
+                "ckptctl", "ckptstore", level=logging.DEBUG if "-v" in args or "--verbose" in args else logging.INFO
+            )
         code = cli.main(args=args, prog_name="ckptctl", standalone_mode=False, obj=Settings())
     except click.exceptions.Abort:
         code = 130
@@ -133,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         print("ckptctl: interrupted", file=sys.stderr)
     except click.ClickException as error:
         code = 2
-        if as_json:
-            _report(_usage(error), as_json=True)
+        if as_json or _logs_json():
+            _report(_usage(error), as_json=as_json)
         else:
             error.show()
     except CkptError as error:
@@ -146,7 +154,13 @@ def main(argv: list[str] | None = None) -> None:
     raise SystemExit(code or 0)
 
 
-def _usage(error: click.ClickException) -> CkptError:
-    from ckptstore.errors import ConfigError
+def _logs_json() -> bool:
+    """Whether errors go to stderr as log lines; a format nobody knows is told as text."""
+    try:
+        return wants_json()
+    except ConfigError:
+        return False
 
+
+def _usage(error: click.ClickException) -> CkptError:
     return ConfigError(error.format_message(), hint="see 'ckptctl --help'")
