@@ -72,6 +72,10 @@ class StoreConfig(BaseModel):
     """Also upload saves of an older timeline that a newer one has left behind; False skips them, unless pinned or
     emergency."""
 
+    upload_give_up_seconds: float = Field(default=86400.0, gt=0)
+    """Without trainers, a node agent whose remote can't be reached leaves after this long and logs what is pending;
+    ``ckptctl push``, or the next job, sends it."""
+
     generations: Literal[1, 2] = 2
     """Arena generations per rank: with 2, a save can be taken while the previous one is still being written."""
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptstore.config import StoreConfig
-from ckptstore.errors import CkptError
+from ckptstore.errors import CkptError, ConfigError
 from ckptstore.format.manifest import ShardManifest, Summary
-from ckptstore.repo import names, timelines
-from ckptstore.repo.local import LocalSave
+from ckptstore.policy.retention import Retention
+from ckptstore.repo import journal, names, timelines
+from ckptstore.repo.catalog import LOCAL, Catalog
+from ckptstore.repo.local import LocalSave, LocalTier
+from ckptstore.repo.remote_names import RemoteSave
 
 if TYPE_CHECKING:
     from ckptstore.repo.progress import Progress
@@ -110,3 +113,35 @@ def left_out(
                 yield upload, "it is superseded (upload_superseded=False)"
         elif config.upload_backlog is not None and (newer := len(line) - 1 - number) >= config.upload_backlog:
             yield upload, f"{newer} newer ones go first (upload_backlog={config.upload_backlog})"
+
+
+def remote_rules(tier: LocalTier, run: str) -> Retention | None:
+    """What the run's manager keeps on remotes, as far as the journal tells."""
+    for record in reversed(journal.read(tier, run, "rules")):
+        try:
+            return Retention(**record["remote"])
+        except (KeyError, TypeError, ConfigError):
+            return None  # of another version
+    return None
+
+
+def dropped_there(
+    uploads: Collection[Upload], tier: LocalTier, run: str, newest: RemoteSave, rules: Retention
+) -> Iterator[tuple[Upload, str]]:
+    """What the remote's retention has dropped, or would drop on arrival, with the reason.
+
+    That is only asked of saves older than the remote's newest: whatever is new goes there, and its manager sees to it.
+
+    Args:
+        uploads: What waits.
+        newest: The newest save that the remote holds.
+        rules: Its retention.
+    """
+    infos = [record.info() for record in Catalog.read(tier, (), run).records]
+    there = [replace(info, tiers={"there": "complete"}) for info in infos if info.tiers.get(LOCAL) == "complete"]
+    dropped = {info.save_id for info in rules.decide(there, "there").drop}
+    for upload in uploads:
+        summary = upload.save.summary
+        is_older = summary is not None and (summary.timeline, summary.step) < (newest.timeline, newest.step)
+        if is_older and upload.save.save_id in dropped:
+            yield upload, "the remote's retention keeps newer ones"

@@ -152,8 +152,13 @@ class AgentServer:
                 self._idle_since = now
             elif now - self._idle_since >= self.idle_exit_seconds:
                 self._is_leaving = True
-                return "idle"
+                return self._idle_reason()
         return None
+
+    def _idle_reason(self) -> str:
+        waiting = {name: uploader.pending() for run in self.runs.values() for name, uploader in run.uploaders.items()}
+        left = [f"{count} saves are not on {name}" for name, count in waiting.items() if count]
+        return f"idle, but {', '.join(left)}: `ckptctl push {self._root}` sends them" if left else "idle"
 
     def _root_is_there(self) -> bool:
         try:

@@ -4,8 +4,8 @@ There is no queue on disk: what is pending is every local save of the run that t
 that starts after a crash goes on where the last one stopped. What a policy leaves out follows from the local tier as
 well. With a deadline, when the agent was told to leave, the newest save that can still be finished goes first.
 
-A remote that is away is tried again at a bounded rate for ever; one that refuses us is reported once per save and tried
-again slowly, or when a trainer brings new credentials.
+A remote that is away is tried again at a bounded rate, for ever while trainers are there; one that refuses us is
+reported once per save and tried again slowly, or when a trainer brings new credentials.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptstore.agent.arena import libc
 from ckptstore.agent.pace import Pace, cap_at, pack_bytes
-from ckptstore.agent.pending import Upload, left_out, may_leave_out
+from ckptstore.agent.pending import Upload, dropped_there, left_out, may_leave_out, remote_rules
 from ckptstore.agent.protocol import Event
 from ckptstore.clock import Clock, parse_rfc3339
 from ckptstore.config import StoreConfig
@@ -99,6 +99,8 @@ class Uploader:
         self._is_refused = False
         self._pause_until = 0.0
         self._failures = 0
+        self._away_since: float | None = None
+        """When the remote stopped answering; on the monotonic clock."""
         self._error: CkptError | None = None
         self._thread = threading.Thread(target=self._loop, name=f"upload-{run}-{name}", daemon=True)
         self._thread.start()
@@ -124,7 +126,7 @@ class Uploader:
             self._is_reopened = True
             self._is_refused = False
             self._pause_until = 0.0
-            self._failures = 0
+            self._failures, self._away_since = 0, None
             for upload in self._uploads.values():
                 upload.due, upload.is_reported = 0.0, False
             self._condition.notify_all()
@@ -144,12 +146,18 @@ class Uploader:
         self._thread.join(timeout_s)
 
     def has_work(self) -> bool:
-        """Whether waiting can help: not so after a refusal, or while other nodes' parts don't come."""
+        """Whether waiting can help: not so after a refusal, while other nodes' parts don't come, or when the remote has
+        been away for too long."""
         with self._condition:
-            if self._is_refused:
-                return False
             now = self._clock.monotonic()
+            if self._is_refused or self._is_given_up(now):
+                return False
             return self._seen < self._news or any(upload.is_workable(now) for upload in self._uploads.values())
+
+    def pending(self) -> int:
+        """How many saves wait."""
+        with self._condition:
+            return len(self._uploads)
 
     def is_settled(self) -> bool:
         """Whether the remote has everything the local tier has."""
@@ -192,6 +200,7 @@ class Uploader:
             try:
                 self._round()
                 self._failures, self._error, self._is_refused = 0, None, False
+                self._away_since = None
             except CkptError as error:
                 self._pause(error)
             except Exception as error:
@@ -212,6 +221,8 @@ class Uploader:
         with self._condition:
             self._error = error
             self._failures += 1
+            now = self._clock.monotonic()
+            self._away_since = None if is_refused else now if self._away_since is None else self._away_since
             pause = REFUSED_PAUSE_SECONDS if is_refused else _back_off(self._failures, error)
             # What came while we were failing has the last word: credentials that may be right, or a save whose trainer
             # wants to hear of the refusal.
@@ -224,6 +235,10 @@ class Uploader:
         if is_refused:
             for upload in waiting:
                 self._report(upload, error)
+
+    def _is_given_up(self, now: float) -> bool:
+        limit = self._config.upload_give_up_seconds
+        return self._away_since is not None and now - self._away_since >= limit
 
     def _report(self, upload: Upload, error: CkptError) -> None:
         upload.error = error
@@ -329,6 +344,9 @@ class Uploader:
         for save, upload in there:
             if upload.save.state == "prepared":
                 self._complete(upload.save, remote.root_manifest(save))
+        if saves and self._uploads and (rules := remote_rules(self._tier, self.run)) is not None:
+            for upload, reason in list(dropped_there(self._uploads.values(), self._tier, self.run, saves[-1], rules)):
+                self._skip(upload, reason)
 
     def _complete(self, save: LocalSave, root: RootManifest) -> None:
         now = self._tier.find(self.run, save.save_id)
@@ -368,6 +386,8 @@ class Uploader:
         def note(progress: Progress) -> None:
             upload.progress = progress
             self._pace.note(self._clock.monotonic(), progress.plain_done, progress.sent_bytes)
+            if progress.sent_bytes:
+                self._away_since = None
             self._apply_cap()
 
         cap = self._apply_cap()

@@ -19,6 +19,7 @@ from ckptstore.clock import SYSTEM_CLOCK, new_nonce
 from ckptstore.config import StoreConfig
 from ckptstore.errors import ConfigError, CredentialsError, TransientError
 from ckptstore.format.manifest import Parent, RootManifest
+from ckptstore.repo import journal
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.remote import RemoteTier
 from ckptstore.testing.checkpoints import write_checkpoint
@@ -280,3 +281,49 @@ def test_a_save_that_can_not_be_finished_gives_way_when_time_becomes_short(tier:
     made.hurry(time.monotonic() + 4)
     until(lambda: events)
     assert told(events) == [("remote", 1)]
+
+
+def test_what_the_remotes_retention_has_dropped_is_not_sent_again(tier: LocalTier, start: Start) -> None:
+    url = f"mem://{new_nonce()}"
+    for step in (1, 2, 3, 4):
+        save_of(tier, step)
+    first, _ = start(url)
+    until(first.is_settled)
+    remote = RemoteTier(open_blob_store(url), "default", "r")
+    for old in remote.saves()[:2]:
+        remote.delete(old)
+    save_of(tier, 5)
+    again, events = start(url)  # a stricter retention that nobody has told us of: the remote should have them
+    until(again.is_settled)
+    assert steps_on(url) == [1, 2, 3, 4, 5]
+    for old in remote.saves()[:3]:
+        remote.delete(old)
+    rules = {"keep_last": 2, "keep_best": 0, "keep_every_steps": 0, "monitor": None, "mode": "min"}
+    journal.append(tier, "default", "rules", [{"time": "2026-01-01T00:00:00Z", "local": rules, "remote": rules}])
+    save_of(tier, 6)
+    tier.pin("default", next(s.save_id for s in tier.saves("default") if s.step == 2))
+    third, events = start(url)
+    until(third.is_settled)
+    assert sorted((e.kind, e.step) for e in events) == [("remote", 2), ("remote", 6), ("skipped", 1), ("skipped", 3)]
+    assert steps_on(url) == [2, 4, 5, 6], "what is pinned, and whatever is newer than the remote's newest, is sent"
+    third.refresh({}, StoreConfig())
+    until(third.is_settled)
+    assert steps_on(url) == [2, 4, 5, 6]
+
+
+def test_a_remote_that_is_away_for_too_long_is_no_reason_to_stay(
+    tier: LocalTier, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: Uploader) -> None:
+        raise TransientError("nobody answers")
+
+    monkeypatch.setattr(Uploader, "_open", away)
+    save(tier, 1)
+    patient, _ = start("mem://x", StoreConfig(upload_give_up_seconds=3600))
+    until(lambda: patient.describe()["error"])
+    assert patient.has_work()
+    brief, _ = start("mem://x", StoreConfig(upload_give_up_seconds=0.01))
+    until(lambda: brief.describe()["error"])
+    until(lambda: not brief.has_work())
+    assert brief.pending() == 1
+    assert not brief.is_settled()
