@@ -31,7 +31,7 @@ class Loading:
 
     def __init__(self, parts: Parts, *, monitor: str | None, mode: str) -> None:
         self._store, self._progress, self._keeper = parts.store, parts.progress, parts.keeper
-        self._safety, self._voice = parts.safety, parts.voice
+        self._safety, self._voice, self._proof = parts.safety, parts.voice, parts.proof
         self._monitor, self._mode = monitor, mode
 
     def exists(self) -> bool:
@@ -171,8 +171,10 @@ class Loading:
             state={**values, **{name: file_bytes(stored) for name, stored in files.items()}},
             info=info,
         )
+        if self._store.agreement.rank == 0:
+            self._proof.restored(info)
         if self._keeper is not None:
-            self._keeper.verified.add(info.save_id)
+            self._keeper.verified |= {info.save_id, *self._proof.verified()}
         if is_resuming:
             self._progress.started_from(info.step, epoch, own.get("epochs_since_save", 0))
             self._progress.history[:] = own.get("history", [])

@@ -62,6 +62,7 @@ class CheckpointManager:
         save_on_exception: Save before an exception leaves the ``with`` block, if the state is whole.
         on_save_failure: "warn" and train on, "raise", or "stop" the job in order.
         max_save_failures: With "warn": raise after so many failures in a row.
+        remind_restore_seconds: Warn when no restore was verified for so long; 0: never.
 
     Raises:
         ConfigError: arguments that can't be right together.
@@ -95,6 +96,7 @@ class CheckpointManager:
         save_on_exception: bool = True,
         on_save_failure: OnFailure = "warn",
         max_save_failures: int = 5,
+        remind_restore_seconds: float = 7 * 86400,
     ) -> None:
         if save_dir is not None and store is not None:
             raise ConfigError("a manager takes either save_dir or store", hint='CheckpointManager("checkpoints")')
@@ -125,6 +127,7 @@ class CheckpointManager:
             owns_store=store is None,
             local=retention,
             remote=remote_rules,
+            remind_s=remind_restore_seconds,
         )
         self._tracked, self._progress, self._voice = parts.tracked, parts.progress, parts.voice
         self._scalars, self._children, self._guard = parts.scalars, parts.children, parts.guard

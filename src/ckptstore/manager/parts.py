@@ -8,6 +8,7 @@ from ckptstore.manager.children import ChildWatch
 from ckptstore.manager.emergency import OptimizerGuard
 from ckptstore.manager.keeper import Keeper
 from ckptstore.manager.progress import Progress
+from ckptstore.manager.proof import Proof
 from ckptstore.manager.safety import Safety
 from ckptstore.manager.scalars import Scalars
 from ckptstore.manager.tracking import Tracked
@@ -24,12 +25,14 @@ class Parts:
         owns_store: whether the store is the manager's to close.
         keeper: carries retention out; None for a store without a local tier.
         retention: of the local tier.
+        proof: when a checkpoint was last seen to come back whole.
     """
 
     store: CheckpointStore
     owns_store: bool
     retention: Retention
     keeper: Keeper | None
+    proof: Proof
     scalars: Scalars
     voice: Voice
     tracked: Tracked = field(default_factory=Tracked)
@@ -51,6 +54,7 @@ class Parts:
         owns_store: bool,
         local: Retention,
         remote: Retention,
+        remind_s: float,
     ) -> Parts:
         """The parts around this store, with these retentions of its tiers."""
         keeper = None
@@ -58,4 +62,4 @@ class Parts:
             keeper = Keeper(
                 store.local, store.remotes, store.run, local=local, remote=remote, voice=voice, forget=store.forget
             )
-        return cls(store, owns_store, local, keeper, scalars, voice)
+        return cls(store, owns_store, local, keeper, Proof(store, limit_s=remind_s), scalars, voice)

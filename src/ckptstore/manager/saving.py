@@ -54,6 +54,7 @@ class Saver:
         self._store, self._tracked, self._progress = parts.store, parts.tracked, parts.progress
         self._keeper, self._retention = parts.keeper, parts.retention
         self._safety, self._scalars, self._voice = parts.safety, parts.scalars, parts.voice
+        self._proof = parts.proof
         self._on_failure, self._max_failures = on_failure, max_failures
         self._warned_room: int | None = None
         self._lagging: set[str] = set()
@@ -151,7 +152,9 @@ class Saver:
         return {**self._tracked.in_place, OWN_KEY: {"own": PerRank(own), "files": files}}, metrics, tags
 
     def _look_around(self, occasion: Occasion) -> None:
-        """Say in time what will become a problem: a full disk, a remote that falls behind."""
+        """Say in time what will become a problem: a full disk, a remote that falls behind, a restore nobody tried."""
+        if self._store.agreement.rank == 0 and (reminder := self._proof.reminder()) is not None:
+            self._voice.say(reminder, logging.WARNING)
         for name in self._store.remotes:
             count, age_s = self._safety.lag(name)
             if count < 2:
