@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
+import subprocess
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -89,13 +91,18 @@ def test_training_goes_on_when_the_port_is_taken(node: Node) -> None:
 
 
 @pytest.fixture
-def served_names(node: Node) -> set[str]:
-    """Names of everything the agent serves, series or not."""
+def exposition(node: Node) -> str:
+    """All the agent serves."""
     trainer = node.trainer(remotes={"b": node.remote}, config=StoreConfig(metrics_port=0))
     trainer.wait("remote", trainer.save(1))
     with urllib.request.urlopen(f"http://127.0.0.1:{port_of(trainer)}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
-    return set(re.findall(r"^# TYPE (\w+)", text, re.M))
+        return str(answer.read().decode())
+
+
+@pytest.fixture
+def served_names(exposition: str) -> set[str]:
+    """Names of everything the agent serves, series or not."""
+    return set(re.findall(r"^# TYPE (\w+)", exposition, re.M))
 
 
 def test_every_promised_name_is_served(served_names: set[str]) -> None:
@@ -118,3 +125,30 @@ def test_alerts_and_panels_ask_for_names_that_are_served(served_names: set[str])
     assert all({"summary", "description"} <= rule["annotations"].keys() for rule in rules)
     ids = [panel["id"] for panel in board["panels"]]
     assert len(set(ids)) == len(ids)
+
+
+def test_every_alert_is_tried_and_prometheus_agrees_where_it_is_installed(exposition: str, tmp_path: Path) -> None:
+    rules = yaml.safe_load((ROOT / "grafana/alerts.yaml").read_text())["groups"][0]["rules"]
+    tried = yaml.safe_load((ROOT / "grafana/alerts_test.yaml").read_text())["tests"]
+    fired = {case["alertname"] for test in tried for case in test["alert_rule_test"] if case["exp_alerts"]}
+    assert fired == {rule["alert"] for rule in rules}
+    board = json.loads((ROOT / "grafana/dashboard.json").read_text())
+    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    panels = [{"record": f"panel:{n}", "expr": _filled(expr)} for n, expr in enumerate(found)]
+    (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": panels}]}))
+    if promtool := shutil.which("promtool"):
+        for command, given in (
+            (["check", "rules", "--lint=all", "--lint-fatal", str(ROOT / "grafana/alerts.yaml")], None),
+            (["test", "rules", str(ROOT / "grafana/alerts_test.yaml")], None),
+            (["check", "rules", str(tmp_path / "panels.yaml")], None),
+            (["check", "metrics"], exposition),
+        ):
+            done = subprocess.run([promtool, *command], input=given, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _filled(expression: str) -> str:
+    """A panel's expression with Grafana's variables filled in."""
+    filled = expression.replace("$__rate_interval", "5m").replace("$__range", "1h").replace("$run", ".*")
+    assert "$" not in filled, f"an unknown variable: {expression}"
+    return filled
