@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import ckptctl, clean, command
 
 from ckptstore.cli.app import VERBS
 from ckptstore.cli.reference import page
@@ -29,22 +29,10 @@ NONCE = "0123456789ab"
 ROOT = Path(__file__).parents[2]
 
 
-def clean(**environ: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CKPTSTORE_", "AWS_"))}
-    return {**kept, "COLUMNS": "80", **environ}
-
-
-def ckptctl(*args: object, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ckptstore.cli", *map(str, args)]
-    return subprocess.run(
-        command, env=clean(**environ), capture_output=True, text=True, timeout=120, check=False, cwd=cwd
-    )
-
-
 def answer(*args: object) -> Any:
     done = ckptctl(*args, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert done.code == 0, done.err
+    return done.json
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +61,13 @@ def at(folder: Path) -> list[str]:
 
 def test_pin_keeps_from_delete_until_unpinned(folder: Path) -> None:
     text = ckptctl(*at(folder), "pin", "200")
-    assert text.stdout.splitlines() == [
+    assert text.out.splitlines() == [
         "step 200: pinned on local (it was not pinned)",
         "step 200: pinned on file (it was not pinned)",
     ]
     refused = ckptctl(*at(folder), "delete", "200", "--yes")
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines() == ["ckptctl: step 200 is pinned", f"  hint: ckptctl unpin {NONCE}-2"]
+    assert refused.code == 2
+    assert refused.err.splitlines() == ["ckptctl: step 200 is pinned", f"  hint: ckptctl unpin {NONCE}-2"]
     assert {a["action"] for a in answer(*at(folder), "unpin", "200")["actions"]} == {"unpin"}
     assert answer(*at(folder), "delete", "200", "--yes")["is_done"]
     assert [c["step"] for c in answer(*at(folder), "list")["checkpoints"]] == [100, 300]
@@ -87,19 +75,19 @@ def test_pin_keeps_from_delete_until_unpinned(folder: Path) -> None:
 
 def test_delete_says_what_and_asks_for_yes_when_nobody_is_there(folder: Path) -> None:
     asked = ckptctl(*at(folder), "delete", "100")
-    assert asked.returncode == 2
-    assert asked.stdout.splitlines() == [
+    assert asked.code == 2
+    assert asked.out.splitlines() == [
         "STEP  SAVE            DELETE FROM  WHY",
         f" 100  {NONCE}-1  local        asked for",
         f" 100  {NONCE}-1  file         asked for",
     ]
-    assert "--yes" in asked.stderr
-    assert "gone from every tier" in asked.stderr
+    assert "--yes" in asked.err
+    assert "gone from every tier" in asked.err
     assert len(answer(*at(folder), "list")["checkpoints"]) == 3
     only = answer(*at(folder), "delete", "100", "--tier", "local", "--yes")
     assert [a["tier"] for a in only["actions"]] == ["local"]
     assert answer(*at(folder), "list")["checkpoints"][0]["tiers"] == {"local": "absent", "file": "complete"}
-    assert ckptctl(*at(folder), "delete", "100", "--tier", "moon", "--yes").returncode == 2
+    assert ckptctl(*at(folder), "delete", "100", "--tier", "moon", "--yes").code == 2
 
 
 def on_a_terminal(*args: str, keys: bytes, until: bytes) -> tuple[int, str]:
@@ -142,29 +130,29 @@ def test_delete_asks_on_a_terminal(folder: Path, keys: bytes, code: int, left: i
 
 
 def test_gc_tells_what_it_would_do_does_it_and_keeps_the_rest_whole(folder: Path) -> None:
-    assert ckptctl(*at(folder), "delete", "300", "--yes").returncode == 0
+    assert ckptctl(*at(folder), "delete", "300", "--yes").code == 0
     told = answer(*at(folder), "gc", "--dry-run")
     assert not told["is_done"]
     assert [one["why"] for one in told["remotes"]["file"][0]["condemned"]] == ["its save is gone"]
-    assert ckptctl(*at(folder), "gc").returncode == 2, "it asks"
+    assert ckptctl(*at(folder), "gc").code == 2, "it asks"
     for _ in range(3):
         text = ckptctl(*at(folder), "gc", "--grace", "0", "--yes")
-        assert text.returncode == 0, text.stderr
-    assert "deleted: 1 packs" in text.stdout
-    assert ckptctl(*at(folder), "verify", "--all", "--read-data").returncode == 0
+        assert text.code == 0, text.err
+    assert "deleted: 1 pack," in text.out
+    assert ckptctl(*at(folder), "verify", "--all", "--read-data").code == 0
 
 
 def test_gc_is_refused_while_another_collects(folder: Path) -> None:
     (folder / "bucket" / "gc").mkdir(exist_ok=True)
     (folder / "bucket" / "gc" / "lease-0-of-1-00000001.json").write_text("{}")
     refused = ckptctl(*at(folder), "gc", "--yes", "--json")
-    assert refused.returncode == 11
-    assert json.loads(refused.stderr.splitlines()[-1])["error"] == "LockedError"
+    assert refused.code == 11
+    assert refused.error["error"] == "LockedError"
 
 
 def test_diff_tells_what_changed_and_by_how_much(folder: Path) -> None:
     text = ckptctl(*at(folder), "diff", "100", "300", "--norms", "--all")
-    assert text.stdout.splitlines() == [
+    assert text.out.splitlines() == [
         "   TENSOR   DTYPE        SIZE   CHANGED  NORM  RELATIVE",
         "=  model.b  float32      16 B       0 B     -         -",
         "~  model.w  float32  16.0 KiB  16.0 KiB   128  0.000846",
@@ -174,7 +162,28 @@ def test_diff_tells_what_changed_and_by_how_much(folder: Path) -> None:
     found = answer(*at(folder), "diff", "bert/200", "latest~1")
     assert found["counts"]["changed"] == 0
     assert found["first_difference"] is None
-    assert ckptctl(*at(folder), "diff", "100", "999").returncode == 13
+    assert ckptctl(*at(folder), "diff", "100", "999").code == 13
+
+
+def test_diff_of_two_runs_finds_the_step_and_the_tensor_where_they_part(folder: Path) -> None:
+    tier = open_place(str(folder / "store")).local
+    assert tier is not None
+    state = {"model.w": np.arange(4096, dtype="float32"), "model.b": np.zeros(4, dtype="float32")}
+    for step in (100, 150, 200, 300):
+        save_id = f"{'f' * 12}-{step // 50}"
+        write_checkpoint(tier, state, run="retry", step=step, save_id=save_id)
+        state = {"model.w": state["model.w"] + np.float32(1 if step == 150 else 0), "model.b": state["model.b"]}
+    store = ["-s", folder / "store"]
+    text = ckptctl(*store, "diff", "--runs", "bert", "retry")
+    assert text.out.splitlines() == [
+        "bert and retry are equal up to step 200",
+        "first difference: step 300, model.w (changed, norm 64, relative 0.000423)",
+    ]
+    found = answer(*store, "diff", "--runs", "bert", "retry")
+    assert (found["last_equal_step"], found["step"], found["num_compared"]) == (200, 300, 3)
+    assert found["first_difference"]["name"] == "model.w"
+    assert "no difference at any of the 3 steps" in ckptctl(*store, "diff", "--runs", "bert", "bert").out
+    assert ckptctl(*store, "diff", "--runs", "bert", "gpt").code == 13
 
 
 def test_verify_repairs_and_says_what_it_did(folder: Path) -> None:
@@ -182,18 +191,18 @@ def test_verify_repairs_and_says_what_it_did(folder: Path) -> None:
     data = bytearray(shard.read_bytes())
     original, data[-5000] = bytes(data), data[-5000] ^ 1
     shard.write_bytes(data)
-    assert ckptctl(*at(folder), "verify", "--all", "--read-data").returncode == 20
+    assert ckptctl(*at(folder), "verify", "--all", "--read-data").code == 20
     done = ckptctl(*at(folder), "verify", "--all", "--read-data", "--repair")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("REPAIRED  step 200  local: __0_0.distcp")
+    assert done.code == 0, done.err
+    assert done.out.startswith("REPAIRED  step 200  local: __0_0.distcp")
     assert shard.read_bytes() == original
-    assert ckptctl(*at(folder), "verify", "--sample", "0%").returncode == 2
+    assert ckptctl(*at(folder), "verify", "--sample", "0%").code == 2
 
 
 def test_config_names_the_origin_of_each_setting(tmp_path: Path) -> None:
     (tmp_path / "ckptstore.toml").write_text('run = "bert"\n[config]\npack_bytes = 2097152\n')
     done = ckptctl("config", "show", "--json", "-s", "/data", cwd=tmp_path, CKPTSTORE_CONFIG__COMPRESS="false")
-    found = {s["name"]: (s["value"], s["origin"]) for s in json.loads(done.stdout)["settings"]}
+    found = {s["name"]: (s["value"], s["origin"]) for s in done.json["settings"]}
     assert found["local"] == ("/data", "argument")
     assert found["run"] == ("bert", "ckptstore.toml")
     assert found["config.pack_bytes"] == (2097152, "ckptstore.toml")
@@ -201,31 +210,19 @@ def test_config_names_the_origin_of_each_setting(tmp_path: Path) -> None:
     assert found["config.generations"] == (2, "default")
     (tmp_path / "ckptstore.toml").write_text("[config]\npack_byte = 1\n")
     wrong = ckptctl("config", "show", cwd=tmp_path)
-    assert wrong.returncode == 2
-    assert "pack_byte" in wrong.stderr
+    assert wrong.code == 2
+    assert "pack_byte" in wrong.err
 
 
 def test_store_and_run_come_from_the_file(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ckptstore.toml").write_text(f'local = "{folder}/store"\nrun = "bert"\n')
     done = ckptctl("list", "--json", cwd=tmp_path)
-    assert [c["step"] for c in json.loads(done.stdout)["checkpoints"]] == [100, 200, 300]
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_a_script(shell: str) -> None:
-    done = ckptctl("completion", shell)
-    assert done.returncode == 0
-    assert "_CKPTCTL_COMPLETE" in done.stdout
-
-
-def test_completion_completes_verbs() -> None:
-    done = ckptctl(_CKPTCTL_COMPLETE="bash_complete", COMP_WORDS="ckptctl un", COMP_CWORD="1")
-    assert "unpin" in done.stdout
+    assert [c["step"] for c in done.json["checkpoints"]] == [100, 200, 300]
 
 
 @pytest.mark.parametrize(("script", "code"), [("pass", 0), ("raise SystemExit(7)", 7), ("import os; os.abort()", 134)])
 def test_run_ends_as_its_command_does(tmp_path: Path, script: str, code: int) -> None:
-    assert ckptctl("-s", tmp_path / "s", "run", "--", sys.executable, "-c", script).returncode == code
+    assert ckptctl("-s", tmp_path / "s", "run", "--", sys.executable, "-c", script).code == code
 
 
 def test_run_passes_signals_on_and_refuses_what_is_no_command(tmp_path: Path) -> None:
@@ -234,33 +231,33 @@ def test_run_passes_signals_on_and_refuses_what_is_no_command(tmp_path: Path) ->
         "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(5))\n"
         "print('ready', flush=True)\ntime.sleep(60)\n"
     )
-    command = [sys.executable, "-m", "ckptstore.cli", "-s", str(tmp_path), "run", "--", sys.executable, "-c", script]
-    with subprocess.Popen(command, env=clean(), stdout=subprocess.PIPE, text=True) as process:
+    argv = command("-s", str(tmp_path), "run", "--", sys.executable, "-c", script)
+    with subprocess.Popen(argv, env=clean(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGUSR1)
         assert process.wait(30) == 5
-    assert ckptctl("-s", tmp_path, "run", "--", "/no/such/command").returncode == 13
-    assert ckptctl("run", "--", "true").returncode == 2
+    assert ckptctl("-s", tmp_path, "run", "--", "/no/such/command").code == 13
+    assert ckptctl("run", "--", "true").code == 2
 
 
 def test_agent_unit_and_status(tmp_path: Path) -> None:
     unit = ckptctl("-s", tmp_path / "s", "agent", "unit")
-    assert f"-s {tmp_path}/s agent serve" in unit.stdout
+    assert f"-s {tmp_path}/s agent serve" in unit.out
     assert answer("-s", tmp_path / "s", "agent", "status")["agent"] is None
 
 
 def test_agent_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
     from ckptstore.agent.client import AgentClient
 
-    command = [sys.executable, "-m", "ckptstore.cli", "-s", str(tmp_path / "s"), "agent", "serve"]
-    with subprocess.Popen(command, env=clean(), stderr=subprocess.DEVNULL) as process:
+    argv = command("-s", str(tmp_path / "s"), "agent", "serve")
+    with subprocess.Popen(argv, env=clean(), stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 30
         while (client := AgentClient.observe(tmp_path / "s")) is None and time.monotonic() < deadline:
             time.sleep(0.1)
         assert client is not None
         client.close()
-        assert ckptctl("-s", tmp_path / "s", "agent", "serve").returncode == 11
+        assert ckptctl("-s", tmp_path / "s", "agent", "serve").code == 11
         assert answer("-s", tmp_path / "s", "agent", "stop", "--timeout", "20")["stopped"]
         assert process.wait(30) == 0
 
@@ -268,10 +265,10 @@ def test_agent_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", VERBS)
 def test_help_fits_the_terminal_shows_examples_and_ends_with_exit_codes(name: str) -> None:
     done = ckptctl(name, "--help")
-    assert done.returncode == 0
-    assert "Example" in done.stdout
-    assert done.stdout.rstrip().endswith("130, 138, 143 signals")
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert done.code == 0
+    assert "Example" in done.out
+    assert done.out.rstrip().endswith("130, 138, 143 signals")
+    assert max(map(len, done.out.splitlines())) <= 80
 
 
 def test_reference_page_is_what_the_commands_say() -> None:

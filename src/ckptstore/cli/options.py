@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,20 +29,21 @@ class Settings:
     @property
     def store_or_environment(self) -> str | None:
         """The STORE given, else ``local``, else ``remote``, of environment or ckptstore.toml."""
-        return self.store or self._source("local") or self._source("remote")
+        return self.store or self.source("local") or self.source("remote")
 
     @property
     def remote_or_environment(self) -> str | None:
         """The remote given, else that of environment or ckptstore.toml."""
-        return self.remote or self._source("remote")
+        return self.remote or self.source("remote")
 
     @property
     def run_or_environment(self) -> str | None:
         """The run given, else that of environment or ckptstore.toml."""
-        return self.run or self._source("run")
+        return self.run or self.source("run")
 
     @staticmethod
-    def _source(name: str) -> str | None:
+    def source(name: str) -> str | None:
+        """``local``, ``remote`` or ``run``, as environment or ckptstore.toml say."""
         if not os.environ.get("CKPTSTORE_FILE") and not os.path.exists("ckptstore.toml"):
             return os.environ.get(f"CKPTSTORE_{name.upper()}")  # what the reader below would say, without loading it
         from ckptstore.ops.settings import Settings as Sources
@@ -48,13 +51,19 @@ class Settings:
         return Sources.read().get(name)
 
 
+def _folders(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The shell completes folders where a STORE may stand."""
+    del context, parameter
+    return [CompletionItem(incomplete, type="dir")]
+
+
 _OPTIONS = [
-    click.option("-s", "--store", metavar="STORE", help="Local root or remote URL."),
+    click.option("-s", "--store", metavar="STORE", help="Local root or remote URL.", shell_complete=_folders),
     click.option("--remote", metavar="URL", help="Remote that belongs to a local STORE.  [env: CKPTSTORE_REMOTE]"),
     click.option("--run", metavar="RUN", help="Run to look at, where the store holds several."),
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="Only results and errors."),
-    click.option("-v", "--verbose", is_flag=True, help="Say more on stderr."),
+    click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is tried again, and why."),
 ]
 
 
@@ -68,11 +77,25 @@ def shared_options(function: F) -> Any:
             value = kwargs.pop(name)
             if value:
                 setattr(settings, name, value)
+        if settings.verbose:
+            _talk()
         return function(**kwargs)
 
     for option in reversed(_OPTIONS):
         wrapper = option(wrapper)
     return wrapper
+
+
+def _talk() -> None:
+    """Let what the store logs appear on stderr: retries, repairs, what was passed over and why."""
+    import logging
+
+    logger = logging.getLogger("ckptstore")
+    if not any(isinstance(handler, logging.StreamHandler) for handler in logger.handlers):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
 
 
 def verb(**attributes: Any) -> Callable[[F], click.Command]:
@@ -99,4 +122,30 @@ def store_argument(function: F) -> F:
             settings.store = store_arg
         return function(settings, **kwargs)
 
-    return click.argument("store_arg", metavar="[STORE]", required=False)(wrapper)  # type: ignore[return-value]
+    return click.argument("store_arg", metavar="[STORE]", required=False, shell_complete=_folders)(wrapper)  # type: ignore[return-value]
+
+
+#: What STEP may be; a folder of such a name is written ``./1200``.
+_STEP = re.compile(r"[0-9]{1,18}|latest(~[0-9]+)?|best|[0-9a-f]{12}-[0-9]{1,9}")
+
+
+def store_and_step(function: F) -> F:
+    """An optional STORE, which counts like ``--store``, and an optional STEP, in either order."""
+
+    @functools.wraps(function)
+    def wrapper(settings: Settings, words: tuple[str, ...], **kwargs: Any) -> Any:
+        step: str | None = None
+        store: str | None = None
+        is_known = bool(settings.store or settings.source("local"))
+        for word in words:
+            # What can't be a STEP names a store, a new one too; where the store is known, it's a STEP mistyped.
+            is_store = _STEP.fullmatch(word) is None and (not is_known or "/" in word or os.path.isdir(word))
+            if is_store and store is None:
+                store = settings.store = word
+            elif not is_store and step is None:
+                step = word
+            else:
+                raise click.UsageError(f"{'STORE' if is_store else 'STEP'} is given twice: {word!r}.")
+        return function(settings, step=step, **kwargs)
+
+    return click.argument("words", metavar="[STORE] [STEP]", nargs=-1, shell_complete=_folders)(wrapper)  # type: ignore[return-value]

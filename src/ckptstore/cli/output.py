@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
+import shutil
 import sys
+import textwrap
+from collections.abc import Mapping
 from typing import Any
+
+from ckptstore.logs import wants_json
 
 SCHEMA_VERSION = 1
 
@@ -23,17 +30,70 @@ def print_json(**fields: Any) -> None:
 
 
 def note(text: str) -> None:
-    """A line on stderr."""
-    print(plain(text), file=sys.stderr)
+    """A line on stderr: text, or JSON where that is asked for."""
+    if wants_json():
+        logging.getLogger("ckptctl").info(plain(text))
+    else:
+        print(plain(text), file=sys.stderr)
 
 
-def print_table(headers: list[str], rows: list[list[str]], *, right: frozenset[str] = frozenset()) -> None:
-    """Columns padded to fit, two spaces between; bold headers on a terminal."""
-    bold = sys.stdout.isatty() and not _no_color()
+#: What colours mean: red is lost or damaged, yellow wants a look, green is as it should be.
+_COLOURS = {"bad": "31", "doubtful": "33", "good": "32", "head": "1"}
+
+
+def paint(text: str, meaning: str | None) -> str:
+    """The text in the colour of ``bad``, ``doubtful``, ``good`` or ``head``, where stdout shows colours."""
+    if meaning is None or not _shows_colours():
+        return text
+    return f"\x1b[{_COLOURS[meaning]}m{text}\x1b[0m"
+
+
+def _shows_colours() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def print_wrapped(mark: str, text: str, meaning: str | None = None) -> None:
+    """A line that begins with a mark; on a terminal too narrow for it, the rest is indented below the text."""
+    lines = [plain(text)]
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - len(mark)
+        lines = textwrap.wrap(lines[0], max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
+    print(paint(mark, meaning) + f"\n{' ' * len(mark)}".join(lines))
+
+
+def print_table(
+    headers: list[str],
+    rows: list[list[str]],
+    *,
+    right: frozenset[str] = frozenset(),
+    flexible: tuple[str, ...] = (),
+    meanings: Mapping[str, str] | None = None,
+) -> None:
+    """Columns padded to fit, two spaces between. On a terminal also bold headers, and no line wider than that.
+
+    Args:
+        headers: One per column.
+        rows: The cells.
+        right: Headers of columns that are aligned to the right.
+        flexible: Headers of columns that may be cut short on a terminal too narrow for all, the first one first;
+            of names with dots the beginning goes, of other text the end.
+        meanings: Words that have a colour, and what it means.
+    """
+    if sys.stdout.isatty():
+        rows = _fitted(headers, rows, flexible, shutil.get_terminal_size().columns)
     head, *lines = table(headers, rows, right=right)
-    print(f"\x1b[1m{head}\x1b[0m" if bold else head)
+    print(paint(head, "head"))
     for text in lines:
-        print(text)
+        print(colour_words(text, meanings))
+
+
+def colour_words(text: str, meanings: Mapping[str, str] | None) -> str:
+    """The text with each of these words in the colour of its meaning."""
+    if not meanings or not _shows_colours():
+        return text
+    for word, meaning in meanings.items():
+        text = re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", lambda found, m=meaning: paint(found[0], m), text)  # type: ignore[misc]
+    return text
 
 
 def table(headers: list[str], rows: list[list[str]], *, right: frozenset[str] = frozenset()) -> list[str]:
@@ -48,7 +108,20 @@ def table(headers: list[str], rows: list[list[str]], *, right: frozenset[str] = 
     return [line(headers), *(line(row) for row in cells)]
 
 
-def _no_color() -> bool:
-    import os
+def _fitted(headers: list[str], rows: list[list[str]], flexible: tuple[str, ...], columns: int) -> list[list[str]]:
+    rows = [[plain(cell) for cell in row] for row in rows]
+    for name in flexible:
+        at = headers.index(name)
+        widths = [max([len(h), *(len(row[i]) for row in rows)]) for i, h in enumerate(headers)]
+        surplus = sum(widths) + 2 * (len(widths) - 1) - columns
+        if surplus > 0:
+            width = max(widths[at] - surplus, len(name), 12)
+            rows = [[*row[:at], _shortened(row[at], width), *row[at + 1 :]] for row in rows]
+    return rows
 
-    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+def _shortened(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    is_name = "." in text and " " not in text and "=" not in text
+    return f"…{text[len(text) - width + 1 :]}" if is_name else f"{text[: width - 1]}…"

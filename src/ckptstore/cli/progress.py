@@ -1,4 +1,4 @@
-"""A progress bar with rate and time left on long work; nothing when nobody watches."""
+"""A progress bar with rate and time left on long work; gone when it is done, and nothing when nobody watches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def transfer_bar(verb: str, *, quiet: bool) -> Iterator[Callable[[Progress], Non
     from rich.progress import Progress as Bar
 
     columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done: bar.update(task, completed=done.plain_done, total=done.plain_total)
 
@@ -36,7 +36,12 @@ def count_bar(verb: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] 
     from rich.progress import Progress as Bar
 
     with Bar(
-        TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+        TextColumn(verb),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
     ) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -53,7 +58,12 @@ def bytes_bar(verb: str, *, quiet: bool) -> Iterator[Callable[[int], None] | Non
     from rich.progress import Progress as Bar
 
     with Bar(
-        SpinnerColumn(), TextColumn(verb), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True)
+        SpinnerColumn(),
+        TextColumn(verb),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        transient=True,
     ) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done: bar.update(task, completed=done)

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ckptstore.errors import CheckpointNotFoundError
 from ckptstore.format.dtypes import itemsize
 from ckptstore.format.manifest import Piece, TensorMeta
+from ckptstore.ops.open import RunTiers
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.types import CheckpointInfo, json_number
 
@@ -73,6 +75,49 @@ class Difference:
 
     def count(self, state: str) -> int:
         return sum(change.state == state for change in self.changes)
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where two runs part: the first step both have at which a tensor differs, and the first tensor that does.
+
+    Attributes:
+        last_equal_step: The common step before, at which all is equal; None: they differ from the first one on.
+        num_compared: How many common steps were looked at.
+        step, change: None when all common steps are equal.
+    """
+
+    last_equal_step: int | None
+    num_compared: int
+    step: int | None = None
+    change: Change | None = None
+
+
+def parting(a: RunTiers, b: RunTiers) -> Parting:
+    """Where two runs part. Compares digests, oldest step first; reads the one tensor that differs first, for its norm.
+
+    Raises:
+        CheckpointNotFoundError: they have no step in common.
+        IntegrityError: bytes had to be read and no good copy is left.
+    """
+    first, second = ({record.step: record for record in tiers.catalog().line()} for tiers in (a, b))
+    steps = sorted(first.keys() & second.keys())
+    if not steps:
+        raise CheckpointNotFoundError(
+            f"runs {a.run} and {b.run} have no step in common", hint="`ckptctl diff RUN/STEP RUN/STEP` compares any two"
+        )
+    equal: int | None = None
+    for number, step in enumerate(steps, 1):
+        old = CheckpointReader(first[step], a.local, a.remotes)
+        new = CheckpointReader(second[step], b.local, b.remotes)
+        with old, new:
+            change = next((change for change in compare(old, new) if change.state != "unchanged"), None)
+            if change is not None and change.state == "changed":
+                change = _one(old, new, change.name, new.tensors[change.name], change.size_bytes, norms=True)
+        if change is not None:
+            return Parting(equal, number, step, change)
+        equal = step
+    return Parting(equal, len(steps))
 
 
 def compare(a: CheckpointReader, b: CheckpointReader, *, norms: bool = False) -> Iterator[Change]:

@@ -91,14 +91,14 @@ def _local_file(file: Path, shard: ShardManifest, depth: Depth) -> Iterator[Step
         for offset, expected in stock.skeleton(shard):
             breach = _readtwice(fd, offset, len(expected), lambda data: data == expected)  # noqa: B023
             if breach is not None:
-                yield replace(breach, what=f"{name}: the envelope bytes at {offset} {breach.what}", object=name)
+                yield replace(breach, what=f"{name}: the envelope at byte {offset} {breach.what}", object=name)
     finally:
         os.close(fd)
 
 
 def _readtwice(fd: int, offset: int, size: int, is_good: Callable[[bytes], bool]) -> Breach | None:
     """Read, and if it is wrong read again, from the disk."""
-    reason = "are damaged" if size != 1 else "is damaged"
+    reason = "is damaged"
     for attempt in range(2):
         try:
             data = os.pread(fd, size, offset)

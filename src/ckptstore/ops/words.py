@@ -28,3 +28,10 @@ def human_seconds(seconds: float) -> str:
 def human_age(when: datetime, now: datetime | None = None) -> str:
     """``3 min ago``."""
     return human_seconds(((now or datetime.now(timezone.utc)) - when).total_seconds()) + " ago"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 copy``, ``2 copies``, ``3 tensors``."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"

@@ -40,6 +40,7 @@ def write_checkpoint(
     dtypes: Mapping[str, str] | None = None,
     extras: Mapping[str, object] | None = None,
     chunk_elements: int = 4096,
+    told: Mapping[str, object] | None = None,
 ) -> Path:
     """Write one save of ``state`` and commit it; without all its ranks it is *prepared*, as on one node of several.
 
@@ -56,6 +57,7 @@ def write_checkpoint(
         dtypes: torch dtypes of arrays that NumPy has no dtype for, such as bfloat16 kept as uint16.
         extras: Values that aren't tensors.
         chunk_elements: Elements per chunk.
+        told: Fields of the summary, such as ``epoch``, ``metrics``, ``tags`` or ``created_at``.
 
     Returns:
         The checkpoint's directory.
@@ -73,7 +75,7 @@ def write_checkpoint(
         created_at="2026-11-25T12:00:00.000Z",
         job=save_id.partition("-")[0],
         world_size=world_size,
-    )
+    ).model_copy(update=dict(told or {}))
     nested = {**{name: _Named(name) for name in state}, **(extras or {})}
     encoded = tree.encode(nested, lambda _, value: tree.TensorRef(value.name) if isinstance(value, _Named) else value)
     shards = []

@@ -32,4 +32,4 @@ def command(settings: Settings, action: str) -> None:
         print_json(settings=[{"name": s.name, "value": s.value, "origin": s.origin} for s in found])
         return
     rows = [[s.name, "-" if s.value is None else str(s.value), s.origin] for s in found]
-    print_table(["SETTING", "VALUE", "FROM"], rows)
+    print_table(["SETTING", "VALUE", "FROM"], rows, flexible=("VALUE", "FROM"))

@@ -31,7 +31,7 @@ def command(settings: Settings, steps: tuple[str, ...], tier: str | None, dry_ru
         plan = plan_delete(tiers, steps, tier=tier)
         if not settings.as_json:
             rows = [[str(a.step), a.save_id, a.tier, a.why] for a in plan.actions]
-            print_table(["STEP", "SAVE", "DELETE FROM", "WHY"], rows, right=frozenset({"STEP"}))
+            print_table(["STEP", "SAVE", "DELETE FROM", "WHY"], rows, right=frozenset({"STEP"}), flexible=("WHY",))
         for warning in plan.warnings:
             note(plain(f"warning: {warning}"))
         is_done = not dry_run and bool(plan.actions) and confirm("delete?", yes=yes)

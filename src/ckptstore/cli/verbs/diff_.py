@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 
 import click
 
@@ -10,7 +11,7 @@ from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, verb
 from ckptstore.cli.output import plain, print_json, print_table
 from ckptstore.errors import ConfigError
-from ckptstore.ops.words import human_bytes
+from ckptstore.ops.words import counted, human_bytes
 
 _MARKS = {"unchanged": "=", "changed": "~", "added": "+", "removed": "-", "retyped": "!"}
 
@@ -20,8 +21,9 @@ _MARKS = {"unchanged": "=", "changed": "~", "added": "+", "removed": "-", "retyp
 @click.argument("b", metavar="B", default="latest")
 @click.option("--only", metavar="GLOB", help="Only tensors whose name matches.")
 @click.option("--norms", is_flag=True, help="Read what changed, and say by how much (L2 norm of B - A).")
+@click.option("--runs", is_flag=True, help="A and B are runs: at which step, and in which tensor, do they part?")
 @click.option("--all", "everything", is_flag=True, help="Also list what is unchanged.")
-def command(settings: Settings, a: str, b: str, only: str | None, norms: bool, everything: bool) -> None:
+def command(settings: Settings, a: str, b: str, only: str | None, norms: bool, runs: bool, everything: bool) -> None:
     """Show what changed between two checkpoints, per parameter. RUN/STEP names one of another run.
 
     Digests are compared; bytes are read only for --norms, or where the two were sharded differently.
@@ -31,7 +33,11 @@ def command(settings: Settings, a: str, b: str, only: str | None, norms: bool, e
       ckptctl -s /data/ckpt diff 1200 1400
       ckptctl -s /data/ckpt diff latest~1 latest --norms --only 'model.*'
       ckptctl -s /data/ckpt diff bert/1200 bert-retry/1200
+      ckptctl -s /data/ckpt diff --runs bert bert-retry
     """
+    if runs:
+        _print_parting(settings, a, b)
+        return
     from ckptstore.ops.compare import Difference, compare
     from ckptstore.repo.reader import CheckpointReader
 
@@ -70,7 +76,7 @@ def command(settings: Settings, a: str, b: str, only: str | None, norms: bool, e
     ]
     if rows:
         headers = ["", "TENSOR", "DTYPE", "SIZE", "CHANGED"] + (["NORM", "RELATIVE"] if norms else [])
-        print_table(headers, rows, right=frozenset({"SIZE", "CHANGED", "NORM", "RELATIVE"}))
+        print_table(headers, rows, right=frozenset({"SIZE", "CHANGED", "NORM", "RELATIVE"}), flexible=("TENSOR",))
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     print(f"{told}; {human_bytes(changed_bytes)} differ")
     if first is not None:
@@ -79,3 +85,28 @@ def command(settings: Settings, a: str, b: str, only: str | None, norms: bool, e
 
 def _norm(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
+
+
+def _print_parting(settings: Settings, a: str, b: str) -> None:
+    from ckptstore.ops.compare import parting
+
+    with opened(settings, with_remote=True) as place:
+        found = parting(place.tiers(place.choose_run(a)), place.tiers(place.choose_run(b)))
+    if settings.as_json:
+        print_json(
+            runs=[a, b],
+            num_compared=found.num_compared,
+            last_equal_step=found.last_equal_step,
+            step=found.step,
+            first_difference=None if found.change is None else found.change.to_json(),
+        )
+        return
+    if found.last_equal_step is not None:
+        print(plain(f"{a} and {b} are equal up to step {found.last_equal_step}"))
+    if found.change is None:
+        print(f"no difference at any of the {counted(found.num_compared, 'step')} both have")
+        return
+    size = "" if found.change.norm is None else f", norm {_norm(found.change.norm)}"
+    if found.change.relative is not None and math.isfinite(found.change.relative):
+        size += f", relative {_norm(found.change.relative)}"
+    print(plain(f"first difference: step {found.step}, {found.change.name} ({found.change.state}{size})"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import plain, print_json
+from ckptstore.cli.output import print_json, print_wrapped
 from ckptstore.ops.doctor import doctor
 
-_MARKS = {"ok": "ok      ", "warning": "WARNING ", "problem": "PROBLEM "}
+_MARKS = {"ok": ("ok       ", "good"), "warning": ("WARNING  ", "doubtful"), "problem": ("PROBLEM  ", "bad")}
 
 
 @verb()
@@ -26,7 +26,8 @@ def command(settings: Settings) -> int:
         print_json(checks=[check.to_json() for check in checks])
     else:
         for check in checks:
-            print(plain(f"{_MARKS[check.state]}{check.name}: {check.detail}"))
+            mark, meaning = _MARKS[check.state]
+            print_wrapped(mark, f"{check.name}: {check.detail}", meaning)
             if check.fix:
-                print(plain(f"        fix: {check.fix}"))
+                print_wrapped("         fix: ", check.fix)
     return 3 if any(check.state == "problem" for check in checks) else 0

@@ -14,7 +14,7 @@ from ckptstore.cli.torch_side import foreign
 from ckptstore.errors import ConfigError
 from ckptstore.ops.export import SHARD_BYTES, Exported, Selection, export_dcp, export_safetensors, export_with
 from ckptstore.ops.open import RunTiers
-from ckptstore.ops.words import human_bytes
+from ckptstore.ops.words import counted, human_bytes
 from ckptstore.repo.progress import ProgressCallback
 
 
@@ -81,7 +81,7 @@ def command(
             size_bytes=done.size_bytes,
         )
         return
-    print(f"step {summary.step}: {done.num_tensors} tensors, {human_bytes(done.size_bytes)}, in {done.path}")
+    print(f"step {summary.step}: {counted(done.num_tensors, 'tensor')}, {human_bytes(done.size_bytes)}, in {done.path}")
     if selection.is_everything:
         note("values that each rank keeps for itself are not in it; `ckptctl restore` brings those")
 

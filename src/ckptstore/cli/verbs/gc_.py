@@ -13,7 +13,7 @@ from ckptstore.cli.output import note, plain, print_json
 from ckptstore.cli.parts import parse_part
 from ckptstore.cli.progress import count_bar
 from ckptstore.ops.collect import Collection, collect_garbage
-from ckptstore.ops.words import human_bytes, human_seconds
+from ckptstore.ops.words import counted, human_bytes, human_seconds
 from ckptstore.repo.gc import GRACE_SECONDS, INTENT_SECONDS, Collected, Doomed, Rules
 
 
@@ -77,7 +77,11 @@ def _show(settings: Settings, found: Collection, rules: Rules, *, is_done: bool)
     deleted = "deleted" if is_done else "to be deleted"
     for name, runs in found.remotes.items():
         for run in runs:
-            print(plain(f"{name}, run {run.run}: {run.kept_packs} packs, {human_bytes(run.kept_bytes)} are needed"))
+            print(
+                plain(
+                    f"{name}, run {run.run}: {counted(run.kept_packs, 'pack')}, {human_bytes(run.kept_bytes)}, in use"
+                )
+            )
             _lines(deleted, run.deleted)
             _lines(f"announced now, to go in {human_seconds(rules.grace_seconds)}", run.condemned)
             _lines("announced earlier, waiting", run.waiting)
@@ -88,6 +92,10 @@ def _show(settings: Settings, found: Collection, rules: Rules, *, is_done: bool)
         note("nothing to collect")
 
 
+#: Folder of a run -> what lies in it.
+_KINDS = {"packs": "pack", "shards": "shard manifest", "summaries": "summary"}
+
+
 def _lines(what: str, doomed: list[Doomed]) -> None:
     sizes: Counter[tuple[str, str]] = Counter()
     counts: Counter[tuple[str, str]] = Counter()
@@ -96,7 +104,7 @@ def _lines(what: str, doomed: list[Doomed]) -> None:
         counts[kind] += 1
         sizes[kind] += one.size_bytes
     for (folder, why), count in sorted(counts.items()):
-        print(plain(f"  {what}: {count} {folder}, {human_bytes(sizes[folder, why])}: {why}"))
+        print(plain(f"  {what}: {counted(count, _KINDS[folder])}, {human_bytes(sizes[folder, why])}: {why}"))
 
 
 def _others(run: Collected) -> None:

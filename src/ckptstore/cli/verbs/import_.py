@@ -16,7 +16,7 @@ from ckptstore.format.foreign import ForeignState
 from ckptstore.format.manifest import check_run_name
 from ckptstore.ops.importing import import_state, open_safetensors
 from ckptstore.ops.open import is_url
-from ckptstore.ops.words import human_bytes
+from ckptstore.ops.words import counted, human_bytes
 from ckptstore.repo.local import LocalTier
 
 
@@ -54,7 +54,9 @@ def command(settings: Settings, path: Path, step: int, under: str | None, trust_
             checkpoint=info.to_json(), num_tensors=len(state.tensors), path=str(record.local and record.local.path)
         )
         return
-    print(f"step {info.step} of run {plain(run)}: {len(state.tensors)} tensors, {human_bytes(info.size_bytes)}")
+    print(
+        f"step {info.step} of run {plain(run)}: {counted(len(state.tensors), 'tensor')}, {human_bytes(info.size_bytes)}"
+    )
     note(f"go on with CheckpointStore({store!r}, run={run!r}).load(state)")
 
 

@@ -20,6 +20,8 @@ _MARKS = {"complete": "yes", "prepared": "part", "damaged": "DAMAGED", "absent":
 def command(settings: Settings, everything: bool) -> None:
     """Show the checkpoints of a store, oldest first; without --run, of all its runs.
 
+    A local store is listed alone, without a network; --remote URL adds what is there.
+
     \b
     Examples:
       ckptctl list /data/ckpt
@@ -48,7 +50,14 @@ def command(settings: Settings, everything: bool) -> None:
         "",
     ]
     rows = [([info.run] if several else []) + _row(info, tiers) for info in infos]
-    print_table(headers, rows, right=frozenset({"STEP", "EPOCH", "SIZE"}))
+    meanings = {"DAMAGED": "bad", "part": "doubtful", "superseded": "doubtful", "emergency": "doubtful"}
+    print_table(
+        headers,
+        rows,
+        right=frozenset({"STEP", "EPOCH", "SIZE"}),
+        flexible=("METRICS", "", *(("RUN",) if several else ())),
+        meanings=meanings,
+    )
     for reason in dict.fromkeys(reasons.values()):
         ours = [info for info in infos if reasons.get(info.save_id) == reason]
         print(plain(f"superseded, because {reason}:"))

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import click
-
-from ckptstore.cli.opened import opened
-from ckptstore.cli.options import Settings, store_argument, verb
+from ckptstore.cli.moving import move, step_or_all
+from ckptstore.cli.options import Settings, verb
 from ckptstore.cli.output import note, print_json
-from ckptstore.cli.progress import transfer_bar
 from ckptstore.ops.transfer import push_checkpoints
 from ckptstore.ops.words import human_bytes
 
 
 @verb()
-@click.option("--step", help="This step only; default: the newest.")
-@click.option("--all", "everything", is_flag=True, help="Every checkpoint the remote lacks, newest first.")
-@store_argument
-def command(settings: Settings, step: str | None, everything: bool) -> None:
+@step_or_all("Every checkpoint the remote lacks, newest first.")
+def command(settings: Settings, step: str | None, step_option: str | None, everything: bool) -> None:
     """Upload what the remote lacks. Sends only what is missing, and goes on where it was stopped.
 
     \b
     Examples:
       ckptctl push /data/ckpt --remote s3://bucket/prefix
+      ckptctl push /data/ckpt 1200 --remote s3://bucket/prefix
       ckptctl push /data/ckpt --remote s3://bucket/prefix --all
     """
-    with opened(settings, with_remote=True) as place:
-        tiers = place.tiers(place.choose_run(settings.run))
-        with transfer_bar("uploading", quiet=settings.quiet or settings.as_json) as progress:
-            pushed = push_checkpoints(tiers, step, everything=everything, progress=progress)
+    pushed = move(settings, push_checkpoints, "uploading", step, step_option, everything)
     if settings.as_json:
         print_json(
             pushed=[

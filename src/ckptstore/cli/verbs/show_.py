@@ -5,28 +5,28 @@ from __future__ import annotations
 import click
 
 from ckptstore.cli.opened import opened
-from ckptstore.cli.options import Settings, verb
+from ckptstore.cli.options import Settings, store_and_step, verb
 from ckptstore.cli.output import note, plain, print_json, print_table
 from ckptstore.clock import rfc3339
 from ckptstore.ops.listing import Details, show_checkpoint
-from ckptstore.ops.words import human_age, human_bytes
+from ckptstore.ops.words import counted, human_age, human_bytes
 
 
 @verb()
-@click.argument("step", default="latest")
 @click.option("--only", metavar="GLOB", help="Only tensors whose name matches.")
 @click.option("--timing", is_flag=True, help="Where the time of this save went.")
-def command(settings: Settings, step: str, only: str | None, timing: bool) -> None:
+@store_and_step
+def command(settings: Settings, step: str | None, only: str | None, timing: bool) -> None:
     """Show one checkpoint: where it is, what made it, and every tensor in it.
 
     \b
     Examples:
-      ckptctl -s /data/ckpt show latest
+      ckptctl show /data/ckpt
       ckptctl -s /data/ckpt show 1200 --only 'model.*' --json
       ckptctl -s /data/ckpt show latest --timing
     """
     with opened(settings) as place:
-        details = show_checkpoint(place.tiers(place.choose_run(settings.run)), step, only=only)
+        details = show_checkpoint(place.tiers(place.choose_run(settings.run)), step or "latest", only=only)
     info = details.info
     if settings.as_json:
         print_json(
@@ -43,8 +43,8 @@ def command(settings: Settings, step: str, only: str | None, timing: bool) -> No
         ("step", f"{info.step}" + (f" (epoch {info.epoch})" if info.epoch is not None else "")),
         ("save", f"{info.save_id}, timeline {info.timeline}"),
         ("created", f"{rfc3339(info.created_at)} ({human_age(info.created_at)})"),
-        ("size", f"{human_bytes(info.size_bytes)} in {len(details.tensors)} tensors"),
-        ("written by", f"{info.world_size} ranks on {details.num_nodes} nodes, {details.versions}"),
+        ("size", f"{human_bytes(info.size_bytes)} in {counted(len(details.tensors), 'tensor')}"),
+        ("written by", _makers(details)),
         ("tiers", ", ".join(f"{tier} {state}" for tier, state in info.tiers.items())),
         ("uploaded", _uploaded(details)),
         ("metrics", ", ".join(f"{k}={v:.6g}" for k, v in info.metrics.items()) or "-"),
@@ -68,7 +68,14 @@ def command(settings: Settings, step: str, only: str | None, timing: bool) -> No
             for row in details.tensors
         ],
         right=frozenset({"SIZE", "UPLOADED"}),
+        flexible=("TENSOR", "SHAPE"),
     )
+
+
+def _makers(details: Details) -> str:
+    ranks, nodes = counted(details.info.world_size, "rank"), counted(details.num_nodes, "node")
+    versions = ", ".join(f"{name} {version}" for name, version in details.versions.items())
+    return f"{ranks} on {nodes}" + (f"; {versions}" if versions else "")
 
 
 def _uploaded(details: Details) -> str:

@@ -8,12 +8,12 @@ import click
 
 from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
-from ckptstore.cli.output import plain, print_json, table
+from ckptstore.cli.output import colour_words, plain, print_json, table
 from ckptstore.cli.queues import queue_line
 from ckptstore.ops.cost import cost
 from ckptstore.ops.settings import Settings as Sources
 from ckptstore.ops.status import Safety, Status, status
-from ckptstore.ops.words import human_bytes, human_seconds
+from ckptstore.ops.words import counted, human_bytes, human_seconds
 
 
 @verb()
@@ -53,7 +53,7 @@ def command(settings: Settings, is_live: bool, interval_s: float, with_cost: boo
         )
         return
     for line in _lines(found):
-        print(line)
+        print(colour_words(line, {"everything": "bad"}))
     for one in costs:
         size, month = human_bytes(one.stored_bytes), one.stored_dollars_per_month
         print(f"{one.remote}: {size} in {one.objects} objects, {month:.2f} $ a month")
@@ -65,7 +65,7 @@ def _lines(found: Status) -> list[str]:
     lines += table(["SURVIVES", "NEWEST STEP", "WOULD BE LOST"], [_row(row) for row in found.safety])
     if found.waiting_uploads:
         size = human_bytes(found.waiting_bytes)
-        lines.append(f"uploads waiting: {found.waiting_uploads} checkpoints, {size} of state")
+        lines.append(f"uploads waiting: {counted(found.waiting_uploads, 'checkpoint')}, {size} of state")
     lines.append(f"agent: pid {found.agent['pid']}" if found.agent else "agent: not running")
     said = (found.agent or {}).get("runs", {}).get(found.run, {})
     for rank in found.ranks:

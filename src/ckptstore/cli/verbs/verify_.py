@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from ckptstore.cli.opened import opened
-from ckptstore.cli.options import Settings, verb
-from ckptstore.cli.output import note, plain, print_json
+from ckptstore.cli.options import Settings, store_and_step, verb
+from ckptstore.cli.output import note, print_json, print_wrapped
 from ckptstore.cli.parts import parse_part
 from ckptstore.cli.progress import bytes_bar
 from ckptstore.errors import ConfigError
@@ -15,7 +15,9 @@ from ckptstore.ops.history import note_verified
 from ckptstore.ops.repair import Repaired
 from ckptstore.ops.repair import repair as put_right
 from ckptstore.ops.verify import verify
-from ckptstore.ops.words import human_bytes
+from ckptstore.ops.words import counted, human_bytes
+
+_MEANINGS = {"REPAIRED": "good", "DAMAGE": "bad", "UNSTEADY": "doubtful", "UNCHECKED": "doubtful"}
 
 
 def parse_share(text: str | None) -> float | None:
@@ -36,13 +38,13 @@ def parse_share(text: str | None) -> float | None:
 
 
 @verb()
-@click.argument("step", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every checkpoint, superseded ones too.")
 @click.option("--read-data", is_flag=True, help="Read and decode every byte, not only manifests and sizes.")
 @click.option("--sample", metavar="P%", help="Read this share of the chunks, chosen at random.")
 @click.option("--part", metavar="I/N", help="Only every N-th rank's shard, for several machines at once.")
 @click.option("--repair", is_flag=True, help="Take good bytes from another tier; set aside what has none.")
 @click.option("--yes", is_flag=True, help="With --repair: delete what is beyond repair instead of setting it aside.")
+@store_and_step
 def command(
     settings: Settings,
     step: str | None,
@@ -60,9 +62,9 @@ def command(
 
     \b
     Examples:
-      ckptctl -s /data/ckpt verify
-      ckptctl -s s3://bucket/prefix verify --all --sample 5%
-      ckptctl -s /data --remote s3://bucket/prefix verify --read-data --repair
+      ckptctl verify /data/ckpt
+      ckptctl verify s3://bucket/prefix --all --sample 5%
+      ckptctl verify /data --remote s3://bucket/prefix --read-data --repair
     """
     share, pieces = parse_share(sample), parse_part(part) or (0, 1)
     if yes and not repair:
@@ -96,20 +98,20 @@ def command(
         for finding in result.findings:
             where = f" ({finding.key})" if finding.key else ""
             mark = "REPAIRED" if finding.is_repaired else finding.kind.upper()
-            print(plain(f"{mark}  step {finding.step}  {finding.tier}: {finding.what}{where}"))
+            print_wrapped(f"{mark}  ", f"step {finding.step}  {finding.tier}: {finding.what}{where}", _MEANINGS[mark])
         for reason in repaired.reasons:
             note(f"not repaired: {reason}")
         for one in repaired.aside:
             what = "deleted" if one.where is None else f"set aside as {one.where}"
-            print(plain(f"step {one.step}, {one.tier}: {what}; it counts as no checkpoint any more"))
+            print_wrapped("", f"step {one.step}, {one.tier}: {what}; it counts as no checkpoint any more")
         read = f"every byte ({human_bytes(result.bytes_read)})"
         if share is not None and not read_data:
             read = f"a sample ({human_bytes(result.bytes_read)})"
         looked = read if read_data or share is not None else "manifests and sizes"
-        copies, left = len(result.checked), sum(not finding.is_repaired for finding in result.findings)
+        left = sum(not finding.is_repaired for finding in result.findings)
         right = len(result.findings) - left
-        told = f"{left} {'finding' if left == 1 else 'findings'}" + (f", {right} repaired" if right else "")
-        note(f"{copies} {'copy' if copies == 1 else 'copies'} checked, {looked}: {told}")
+        told = counted(left, "finding") + (f", {right} repaired" if right else "")
+        note(f"{counted(len(result.checked), 'copy')} checked, {looked}: {told}")
     if result.is_damaged:
         return 20
     return 0 if result.is_clean else 3
