@@ -1,11 +1,12 @@
 """How long a save holds up training, and how long until it is on disk, against the peers, in one run.
 
-    python benchmarks/save.py [--mib 1536] [--rounds 5] [--threads 2] [--only large,small,ranks,training]
+    python benchmarks/save.py [--mib 1536] [--rounds 5] [--threads 2] [--only large,first,small,small-fsdp2,ddp,...]
 
 Genuine AdamW training state (weights and both moments after real steps). In every round every contender saves once, in
 a shuffled order, so that drift of the machine hits all alike; figures are medians, ratios are of medians. ``stall`` is
 how long the call holds the training thread; ``durable`` the time from the call until the bytes are fsynced (for stock
-DCP: until its own call or future is done, although a power cut still loses that result).
+DCP: until its own call or future is done, although a power cut still loses that result). First saves are measured in
+processes of their own, since whoever comes later finds memory that somebody else has warmed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -236,7 +238,6 @@ def large(bench: Bench, mib: int) -> dict[str, Any]:
         "stall, prebuilt, vs async with its stager reused": ratio(ours, "dcp.async_save, shared stager reused"),
         "stall, overlap, vs async default": ratio(rows["ckptstore, overlap"], DEFAULT),
         "stall, prebuilt, vs memcpy": ratio(ours, "memcpy into warm memory"),
-        "first stall vs first async default": ratio(ours, DEFAULT, "first_stall_seconds"),
         "durable vs dcp.save": ratio(ours, "dcp.save", "durable_seconds"),
         "durable vs torch.save + fsync": ratio(ours, "torch.save + fsync", "durable_seconds"),
         "durable vs safetensors + fsync": ratio(ours, "safetensors + fsync", "durable_seconds"),
@@ -245,18 +246,127 @@ def large(bench: Bench, mib: int) -> dict[str, Any]:
     return {"size_bytes": size, "tensors": len(sources), "rows": rows, "ratios": ratios}
 
 
+def first(kind: str, bench: Bench, mib: int) -> dict[str, Any]:
+    """The very first save of a process: no agent, no arena, nothing imported."""
+    model = large_model(mib)
+    optimizer = train(model)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    prebuilt = {"model": model_state, "optimizer": optimizer_state}
+    before = pss_bytes(os.getpid())
+    began = time.perf_counter()
+    if kind == "async":
+        async_default(prebuilt, bench.path())()
+        return {"stall_seconds": time.perf_counter() - began}
+    store = bench.store("ours-first")
+    handle = store.save(prebuilt, 1)
+    stall = time.perf_counter() - began
+    size = handle.wait("local").size_bytes
+    with Memory(os.getpid(), store._session.link.client.agent_pid, before=before) as memory:
+        for step in range(2, 6):
+            store.save(prebuilt, step).wait("local")
+    return {"stall_seconds": stall, "shard_bytes": size, "peak_extra_bytes": memory.extra_bytes}
+
+
+def firsts(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
+    samples: dict[str, list[float]] = {"async": [], "ours": []}
+    memory: dict[str, Any] = {}
+    for round_number in range(args.rounds):
+        for kind in random.Random(round_number).sample(list(samples), 2):
+            folder = bench.folder / f"{kind}-{round_number}"
+            folder.mkdir()
+            result = in_process(f"first-{kind}", args, folder)
+            samples[kind].append(result.pop("stall_seconds"))
+            memory |= result
+            shutil.rmtree(folder)
+            os.sync()
+    rows = {
+        name: {"first_stall_seconds": statistics.median(samples[kind]), "samples": samples[kind]}
+        for kind, name in (("async", DEFAULT), ("ours", "ckptstore, prebuilt state dict"))
+    }
+    ratio = statistics.median(samples["ours"]) / statistics.median(samples["async"])
+    return {**memory, "rows": rows, "ratios": {"first stall vs first async default": ratio}}
+
+
+def many_tensors(count: int) -> nn.Module:
+    return nn.ModuleList(nn.ParameterList(torch.rand(64) for _ in range(100)) for _ in range(count // 100))
+
+
 def small(bench: Bench, tensors: int = 10_000) -> dict[str, Any]:
-    """One rank, many small tensors."""
-    state = {"model": {f"layer.{i}.weight": torch.rand(64) for i in range(tensors)}}
+    """Many small tensors; on several ranks they are FSDP2's."""
+    model = many_tensors(tensors)
+    is_sharded = dist.is_initialized()
+    if is_sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model:
+            fully_shard(block)
+    state = {"model": get_model_state_dict(model)}
     ours = bench.store("ours-small")
-    rows = bench.run(
-        {
-            DEFAULT: lambda: async_default(state, bench.path()),
-            "ckptstore": lambda: ours.save(state, next(bench.numbers)).local.result,
-        }
-    )
+    planning: list[float] = []
+
+    def save() -> Waiter:
+        handle = ours.save(state, next(bench.numbers))
+
+        def wait() -> None:
+            info = handle.wait("local")
+            planning.extend(sum(s.values()) - s["copy"] for s in spans_of(ours, info.save_id))
+
+        return wait
+
+    def peer() -> Waiter:
+        return async_default(state, bench.folder / f"peer-{next(bench.numbers)}", no_dist=not is_sharded)
+
+    rows = bench.run({DEFAULT: peer, "ckptstore": save})
     ratio = rows["ckptstore"]["stall_seconds"] / rows[DEFAULT]["stall_seconds"]
-    return {"tensors": tensors, "rows": rows, "ratios": {"stall vs async default": ratio}}
+    return {
+        "tensors": tensors,
+        "everything_but_the_copy_seconds": statistics.median(planning),
+        "rows": rows,
+        "ratios": {"stall vs async default": ratio},
+    }
+
+
+def spans_of(store: CheckpointStore, save_id: str) -> list[dict[str, float]]:
+    """What each rank noted of its save; the agent writes it down right after the commit."""
+    from ckptstore.repo import timings
+    from ckptstore.repo.local import LocalTier
+
+    assert store.local is not None
+    tier = LocalTier(store.local)
+    while "ranks" not in (note := timings.read(tier, store.run, save_id)):
+        time.sleep(0.01)
+    return list(note["ranks"].values())
+
+
+def pss_bytes(*pids: int) -> int:
+    """Memory that would be free without these processes: shared pages count once."""
+    total = 0
+    for pid in pids:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total += 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return total
+
+
+class Memory:
+    """The most memory these processes take meanwhile, beyond what was taken before."""
+
+    def __init__(self, *pids: int, before: int) -> None:
+        self.extra_bytes = 0
+        self._pids, self._before = pids, before
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self.extra_bytes = max(self.extra_bytes, pss_bytes(*self._pids) - self._before)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 def ranks(bench: Bench, kind: str, mib: int) -> dict[str, Any]:
@@ -318,12 +428,13 @@ def training(bench: Bench, mib: int, seconds: float = 25.0) -> dict[str, Any]:
 
 
 def show(name: str, result: dict[str, Any]) -> None:
-    print(f"\n{name}: " + ", ".join(f"{k} {v}" for k, v in result.items() if isinstance(v, int | str)))
+    print(f"\n{name}: " + ", ".join(f"{k} {v}" for k, v in result.items() if isinstance(v, int | float | str)))
     if "rows" in result:
-        print(f"  {'':<44}{'first stall':>12}{'stall':>11}{'durable':>11}")
+        columns = ["first_stall_seconds", "stall_seconds", "durable_seconds"]
+        print(f"  {'':<44}{'first stall':>13}{'stall':>13}{'durable':>13}")
         for row, figures in result["rows"].items():
-            stall, durable = figures["stall_seconds"], figures["durable_seconds"]
-            print(f"  {row:<44}{figures['first_stall_seconds']:>10.3f} s{stall:>9.3f} s{durable:>9.3f} s")
+            cells = [f"{figures[column]:.3f} s" if column in figures else "" for column in columns]
+            print(f"  {row:<44}" + "".join(f"{cell:>13}" for cell in cells))
     for ratio, value in result["ratios"].items():
         print(f"  {ratio:<56}{value:>9.3f}" + (f"  (1/{1 / value:.1f})" if value < 1 else ""))
 
@@ -333,7 +444,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1536)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="large,small,ddp,fsdp2,training")
+    parser.add_argument("--only", default="large,first,small,small-fsdp2,ddp,fsdp2,training")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -342,7 +453,7 @@ def main() -> None:
     logging.getLogger("ckptstore").addHandler(logging.StreamHandler())
     torch.set_num_threads(args.threads)
     if args.part:
-        rank_part(args)
+        part(args)
         return
     results: dict[str, Any] = {}
     for name in args.only.split(","):
@@ -350,10 +461,12 @@ def main() -> None:
         bench = Bench(folder, args.rounds)
         load = os.getloadavg()[0]
         try:
-            if name in ("ddp", "fsdp2"):
-                results[name] = launch(name, args, folder)
+            if name in ("ddp", "fsdp2", "small-fsdp2"):
+                results[name] = in_process(name, args, folder, ranks=2)
             elif name == "large":
                 results[name] = large(bench, args.mib)
+            elif name == "first":
+                results[name] = firsts(args, bench)
             elif name == "small":
                 results[name] = small(bench)
             else:
@@ -375,24 +488,30 @@ def main() -> None:
         args.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def launch(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The several-rank part in ranks of its own, one thread each."""
+def in_process(part: str, args: argparse.Namespace, folder: Path, ranks: int = 0) -> dict[str, Any]:
+    """A part in a process of its own, or in ``ranks`` of them with one thread each."""
     output = folder / "result.json"
+    threads = 1 if ranks else args.threads
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks else []
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__,
-        "--part", kind, "--mib", str(args.mib), "--rounds", str(args.rounds), "--threads", "1",
-        "--folder", str(folder), "--output", str(output),
+        sys.executable, *torchrun, __file__, "--part", part, "--mib", str(args.mib), "--rounds", str(args.rounds),
+        "--threads", str(threads), "--folder", str(folder), "--output", str(output),
     ]  # fmt: skip
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, env={**os.environ, **({"OMP_NUM_THREADS": "1"} if ranks else {})})
     result: dict[str, Any] = json.loads(output.read_text())
     return result
 
 
-def rank_part(args: argparse.Namespace) -> None:
+def part(args: argparse.Namespace) -> None:
+    bench = Bench(args.folder / "part", args.rounds)
+    if args.part.startswith("first-"):
+        bench.folder.mkdir()
+        args.output.write_text(json.dumps(first(args.part.removeprefix("first-"), bench, args.mib)))
+        bench.close()
+        return
     dist.init_process_group("gloo")
-    bench = Bench(args.folder / "ranks", args.rounds)
     bench.folder.mkdir(exist_ok=True)
-    result = ranks(bench, args.part, args.mib)
+    result = small(bench) if args.part == "small-fsdp2" else ranks(bench, args.part, args.mib)
     if dist.get_rank() == 0:
         args.output.write_text(json.dumps(result))
     bench.close()
