@@ -8,15 +8,23 @@ from typing import Any
 import pytest
 import torch
 from fidelity_jobs import (
+    RowScaled,
     ddp_buffers,
     differing,
     expected_own,
+    load_sharded_wrappers,
     load_tables,
     own_values,
+    row_scaled,
+    save_sharded_wrappers,
     save_tables,
+    two_tensor,
     wrappers,
 )
 from ranks import run_ranks
+from sameness import assert_same
+
+from ckptstore import CheckpointStore
 
 
 def test_every_kind_of_value_comes_back_when_loaded_at_another_world_size(tmp_path: Path) -> None:
@@ -76,3 +84,19 @@ def saved_by_three(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_values_are_the_same_when_saved_and_loaded_by_differently_wrapped_models(tmp_path: Path) -> None:
     for problems in run_ranks(2, wrappers, str(tmp_path / "store"), timeout_s=170):
         assert problems == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_wrapper_tensors_inside_dtensors_are_resharded_part_by_part(tmp_path: Path) -> None:
+    root = str(tmp_path / "store")
+    for message, steps in run_ranks(3, save_sharded_wrappers, root):
+        assert "'rows' of 'deep.odd'" in message
+        assert "is not cut as the DTensor around it" in message
+        assert steps == [1]
+    assert run_ranks(2, load_sharded_wrappers, root) == [True, True], "in place"
+    back = CheckpointStore(root).read()
+    assert_same({"rows": row_scaled(), "two": two_tensor()}, back)
+    plain: dict[str, Any] = {"rows": row_scaled(0), "two": two_tensor(0)}
+    CheckpointStore(root).load(plain)
+    assert type(plain["rows"]) is RowScaled
+    assert_same({"rows": row_scaled(), "two": two_tensor()}, plain)

@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from sameness import assert_same
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ckptstore import CheckpointStore, StoreConfig, per_rank
 
@@ -212,3 +215,83 @@ def wrappers(rank: int, root: str) -> list[str]:
                 except Exception as error:
                     problems.append(f"{saver} -> {loader}: {type(error).__name__}: {str(error)[:300]}")
     return problems
+
+
+class RowScaled(torch.Tensor):
+    """Integers with a scale for each row and one for all, as weight-only quantization keeps them."""
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor, rows: torch.Tensor, common: torch.Tensor) -> RowScaled:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, strides=data.stride(), dtype=torch.float32)
+
+    def __init__(self, data: torch.Tensor, rows: torch.Tensor, common: torch.Tensor) -> None:
+        self.data_, self.rows, self.common = data, rows, common
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["data_", "rows", "common"], ["int8", 1]
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], meta: Any, size: Any, stride: Any) -> RowScaled:
+        return RowScaled(inner["data_"], inner["rows"], inner["common"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.alias.default):
+            return RowScaled(args[0].data_, args[0].rows, args[0].common)
+        return NotImplemented
+
+    def __repr__(self) -> str:
+        return "RowScaled()"
+
+
+torch.serialization.add_safe_globals([RowScaled])
+
+
+def row_scaled(factor: int = 1, rows: slice = slice(None)) -> RowScaled:
+    data = torch.arange(35, dtype=torch.int8).reshape(7, 5)[rows] * factor
+    return RowScaled(data.contiguous(), torch.arange(7.0)[rows] * factor, torch.tensor(0.5 * factor))
+
+
+def two_tensor(factor: float = 1, rows: slice = slice(None)) -> TwoTensor:
+    a, b, c = ((torch.arange(21.0).reshape(7, 3)[rows] + n).contiguous() * factor for n in (0, 100, 200))
+    return TwoTensor(TwoTensor(a, b), TwoTensor(b.clone(), c))
+
+
+def sharded_wrappers(rank: int, factor: int) -> dict[str, Any]:
+    """DTensors around tensors that are made of others; 7 rows, so shards are uneven and some may be empty."""
+    world_size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world_size,))
+    size = -(-7 // world_size)
+    rows = slice(rank * size, (rank + 1) * size)
+
+    def sharded(local: torch.Tensor, width: int) -> DTensor:
+        spec: dict[str, Any] = {"run_check": False, "shape": torch.Size((7, width)), "stride": (width, 1)}
+        return DTensor.from_local(local, mesh, [Shard(0)], **spec)
+
+    return {"rows": sharded(row_scaled(factor, rows), 5), "two": sharded(two_tensor(factor, rows), 3)}
+
+
+def save_sharded_wrappers(rank: int, root: str) -> Any:
+    """Also: one whose parts can't be placed is refused on all ranks, by key."""
+    state = sharded_wrappers(rank, 1)
+    local = state["rows"].to_local()
+    local = RowScaled(local.data_, torch.ones(17), local.common)
+    odd = DTensor.from_local(local, state["rows"].device_mesh, [Shard(0)], run_check=False, shape=(7, 5), stride=(5, 1))
+    with CheckpointStore(root, config=QUICK) as store:
+        store.save(state, 1, wait="local")
+        try:
+            store.save({"deep": {"odd": odd}}, 2)
+        except TypeError as error:
+            return str(error), [info.step for info in store.checkpoints()]
+    return "saved", []
+
+
+def load_sharded_wrappers(rank: int, root: str) -> Any:
+    state = sharded_wrappers(rank, 0)
+    before = state["rows"].to_local().data_.data_ptr()
+    with CheckpointStore(root, config=QUICK) as store:
+        store.load(state)
+    wanted = sharded_wrappers(rank, 1)
+    for name, tensor in state.items():
+        assert_same(wanted[name].to_local(), tensor.to_local(), f"{name} on rank {rank}")
+    return state["rows"].to_local().data_.data_ptr() == before

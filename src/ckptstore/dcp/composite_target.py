@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ckptstore.dcp import composites
 from ckptstore.dcp.boxes import dtype_name
@@ -38,6 +39,10 @@ def match_composite(
     elif composites.is_live(target) and _parts_fit(matcher, own, stored):
         _fill_parts(matcher, key, own, stored)
         matcher.check_at_last(lambda: composites.check(key, target))
+    elif isinstance(target, DTensor):  # nobody can make a new one of whole parts
+        matcher.mismatch(
+            key, f"stored is {composites.described(stored)}, whose parts or context are not those of the sharded target"
+        )
     else:
         new = matcher.read_into_new(key, stored, type(target))
         if new is not MISSING:

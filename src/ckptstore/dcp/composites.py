@@ -13,6 +13,8 @@ nested         values                                              dtype, sizes,
 jagged         values, offsets, lengths if it has holes            dtype, ragged, min, max
 quantized      bytes; scales, zero_points if per channel           size, dtype, and scale, zero_point or axis
 flattened      what ``__tensor_flatten__`` names                   class, context, size, stride, dtype
+               (of a DTensor around such a class: of the global
+               tensor, each part cut as that is)
 =============  ==================================================  ======================================
 """
 
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nested._internal.nested_tensor import NestedTensor as Jagged
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -55,7 +57,10 @@ def is_composite(tensor: torch.Tensor) -> bool:
         return (
             tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
         ) and not tensor.is_meta  # a meta tensor has no parts
-    if cls is DTensor or cls.__name__ == "AsyncCollectiveTensor":
+    if cls is DTensor:
+        local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+        return type(local) not in _PLAIN and is_composite(local)
+    if cls.__name__ == "AsyncCollectiveTensor":
         return False
     return bool(is_traceable_wrapper_subclass(tensor))
 
@@ -68,6 +73,8 @@ def take_apart(key: str, tensor: torch.Tensor) -> Composite:
     """
     cls = type(tensor)
     tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        return _sharded_parts(key, tensor)
     if isinstance(tensor, Jagged):
         return _jagged_parts(tensor)
     if cls not in _PLAIN:
@@ -160,6 +167,40 @@ def _flattened_parts(key: str, tensor: Any) -> Composite:
             key=key,
         )
     return Composite("flattened", {name: getattr(tensor, name) for name in names}, facts)
+
+
+def _sharded_parts(key: str, tensor: DTensor) -> Composite:
+    """The parts of a DTensor around a wrapper: each a DTensor, so what is stored are parts of the global tensor.
+
+    A part is cut where the wrapper is. One element alone (a scale for all) is the same for all ranks.
+    """
+    inner: Any = tensor._local_tensor
+    if isinstance(inner, Jagged) or type(inner) in _PLAIN:
+        raise StateError(
+            f"{key!r} is a DTensor around a {described(take_apart(key, inner))} tensor; it can't be stored",
+            hint="leave it out of the state, or turn it into a plain tensor first",
+            key=key,
+        )
+    apart = _flattened_parts(key, inner)
+    cut = {p.dim for p in tensor.placements if not p.is_replicate()}  # type: ignore[attr-defined]
+    parts: dict[str, Any] = {}
+    for name, part in apart.parts.items():
+        is_cut = all(d < part.dim() and part.shape[d] == inner.shape[d] for d in cut)
+        if not is_cut and part.numel() != 1:
+            raise StateError(
+                f"{name!r} of {key!r}, of shape {list(part.shape)}, is not cut as the DTensor around it, whose local "
+                f"shape is {list(inner.shape)}: its place in the global tensor is unknown",
+                hint="save full_tensor(), or keep each rank's own with per_rank(tensor.to_local())",
+                key=key,
+            )
+        shape = [tensor.shape[d] if is_cut and d in cut else n for d, n in enumerate(part.shape)]
+        placements = tensor.placements if is_cut else [Replicate()] * len(tensor.placements)
+        stride = torch.empty(shape, device="meta").stride()
+        parts[name] = DTensor.from_local(
+            part, tensor.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
+    whole = {"size": [int(n) for n in tensor.shape], "stride": [int(n) for n in tensor.stride()]}
+    return Composite("flattened", parts, {**apart.facts, **whole})
 
 
 # -- and back ----------------------------------------------------------------------------------------------------------
