@@ -7,6 +7,7 @@ once and reused by later saves as long as their keys stay the same.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -168,7 +169,8 @@ class Walk:
         return name
 
     def _dict(self, path: Path, value: dict[Any, Any]) -> object:
-        if len(value) < _FRAGMENT_MIN or type(value) is not dict or not path:
+        kind = type(value)
+        if len(value) < _FRAGMENT_MIN or kind not in (dict, OrderedDict) or not path:
             return value
         for key, item in value.items():
             if type(key) is not str or not isinstance(item, torch.Tensor) or self._is_composite(item):
@@ -176,7 +178,8 @@ class Walk:
         prefix = ".".join(map(str, path))
         names = [self._add(prefix, path, (key,), item, "plain") for key, item in value.items()]
         keys = list(value)
-        return self._fragment(path, (keys, names), lambda: dict(zip(keys, map(tree.TensorRef, names), strict=True)))
+        refs = map(tree.TensorRef, names)
+        return self._fragment(path, (kind, keys, names), lambda: kind(zip(keys, refs, strict=True)))
 
     def _module(self, path: Path, module: nn.Module, *, trainable_only: bool = False) -> object:
         entries = self.entries_of(module)

@@ -422,6 +422,16 @@ def test_a_prebuilt_state_dict_binds_like_its_objects() -> None:
     assert names(bind({"m": ready})) == names(bind({"m": model})) == names(bind({"m": dict(ready)}))
 
 
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_a_mapping_of_many_tensors_keeps_its_kind_and_is_not_walked_value_by_value(kind: type) -> None:
+    value = kind((f"t{i}", torch.ones(2)) for i in range(20))
+    binding = bind({"m": value})
+    assert "t0" not in str(binding.outline()), "it is not one fragment"
+    stored = read_state(save({"m": value}))["m"]
+    assert type(stored) is kind
+    assert list(stored) == list(value)
+
+
 def test_an_optimizer_whose_state_is_not_only_tensors_is_stored_whole() -> None:
     model = nn.Linear(3, 1)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
