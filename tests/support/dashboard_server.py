@@ -67,8 +67,10 @@ class Served:
 
 
 @contextmanager
-def served(store: str, remote: str | None = None, *, remote_seconds: float = 0.5, **options: Any) -> Iterator[Served]:
-    """The dashboard of a store on a free port of this machine."""
+def served(
+    store: str, remote: str | None = None, *, remote_seconds: float = 0.5, shown: str | None = None, **options: Any
+) -> Iterator[Served]:
+    """The dashboard of a store on a free port of this machine; ``shown``: as what pages name the store."""
     import uvicorn
 
     from ckptstore.dashboard.app import create_app
@@ -78,7 +80,7 @@ def served(store: str, remote: str | None = None, *, remote_seconds: float = 0.5
     place = open_place(store, remote)
     source = Source(place, remote_seconds=remote_seconds)
     try:
-        app = create_app(source, store=store, **options)
+        app = create_app(source, store=shown or store, **options)
         listener = _listen("127.0.0.1", 0)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

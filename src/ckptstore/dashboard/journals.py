@@ -6,12 +6,41 @@ import os
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from ckptstore.clock import parse_rfc3339
 from ckptstore.repo import journal
 from ckptstore.repo.local import LocalTier
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at a copy of a checkpoint, as it was noted."""
+
+    at: datetime
+    step: int
+    save_id: str
+    tier: str
+    depth: str
+    result: str
+    what: str
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Look | None:
+        """None for a line that is not what we write."""
+        at, step = when(record), record.get("step")
+        if at is None or not isinstance(step, int):
+            return None
+        words = {name: str(record.get(name, "")) for name in ("save_id", "tier", "depth", "result", "what")}
+        return cls(at, step, **words)
+
+    @property
+    def is_proof(self) -> bool:
+        """Whether every byte was read and was right."""
+        return self.result == "good" and self.depth in ("bytes", "restore")
 
 
 class Journals:
@@ -26,40 +55,47 @@ class Journals:
         """Every record, oldest first."""
         if self._tier is None:
             return []
-        stamp = (0, 0)
-        with suppress(OSError):
-            status = os.lstat(journal.path_of(self._tier, run, name))
-            stamp = status.st_mtime_ns, status.st_size
+        stamp = self.stamp(run, name)
         with self._lock:
             known = self._seen.get((run, name))
             if known is None or known[0] != stamp:
                 known = self._seen[run, name] = stamp, journal.read(self._tier, run, name) if stamp[1] else []
             return known[1]
 
+    def stamp(self, run: str, name: journal.Name) -> tuple[int, int]:
+        """Changes when the journal does."""
+        if self._tier is not None:
+            with suppress(OSError):
+                status = os.lstat(journal.path_of(self._tier, run, name))
+                return status.st_mtime_ns, status.st_size
+        return 0, 0
+
     def rules(self, run: str) -> dict[str, Any] | None:
         """The retention in force, as the last job's manager noted it."""
         records = self.records(run, "rules")
         return records[-1] if records else None
 
-    def verified(self, run: str, save_id: str) -> list[dict[str, Any]]:
-        """Looks at the copies of one checkpoint, newest first."""
-        return [record for record in reversed(self.records(run, "verified")) if record.get("save_id") == save_id]
+    def looks(self, run: str, save_id: str | None = None, *, most: int = 20) -> list[Look]:
+        """Looks at the copies of one checkpoint, or of all, newest first."""
+        found = (look for record in reversed(self.records(run, "verified")) if (look := Look.of(record)) is not None)
+        return list(islice((look for look in found if save_id in (None, look.save_id)), most))
 
     def read_back_at(self, run: str) -> datetime | None:
         """When a checkpoint was last read back, every byte of it, and found good."""
         for record in reversed(self.records(run, "verified")):
-            if record.get("result") == "good" and record.get("depth") in ("bytes", "restore"):
-                return when(record)
+            look = Look.of(record)
+            if look is not None and look.is_proof:
+                return look.at
         return None
 
     def well_read(self, run: str) -> frozenset[str]:
         """save_ids whose every byte was read and found good, and never damaged since."""
         good: set[str] = set()
-        for record in self.records(run, "verified"):
-            if record.get("result") == "damaged":
-                good.discard(str(record.get("save_id")))
-            elif record.get("result") == "good" and record.get("depth") in ("bytes", "restore"):
-                good.add(str(record.get("save_id")))
+        for look in map(Look.of, self.records(run, "verified")):
+            if look is not None and look.result == "damaged":
+                good.discard(look.save_id)
+            elif look is not None and look.is_proof:
+                good.add(look.save_id)
         return frozenset(good)
 
 

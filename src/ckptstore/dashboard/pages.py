@@ -14,7 +14,6 @@ from ckptstore.dashboard.actions import Actions
 from ckptstore.dashboard.answers import answer_encoded, answer_json, encoded
 from ckptstore.dashboard.assets import environment
 from ckptstore.dashboard.costs import Costs
-from ckptstore.dashboard.journals import when
 from ckptstore.dashboard.source import RunView, Source
 from ckptstore.errors import CkptError, NotFoundError
 
@@ -69,8 +68,7 @@ class Pages:
             "view": view,
             "safety": self._assess(view),
             "looks": self._source.looks(view.run),
-            "verified": self._source.journals.records(view.run, "verified")[-5:][::-1],
-            "when": when,
+            "verified": self._source.journals.looks(view.run, most=5),
         }
         return self._page(request, "run.html", ("_safety.html",), context, title=view.run)
 
@@ -110,8 +108,7 @@ class Pages:
             "store": self._store,
             "reasons": plan.reasons(self._plans(view), info),
             "rests_on": [view.by_id.get(one) or one for one in plan.rests_on(view, info.save_id)],
-            "verified": self._source.journals.verified(view.run, info.save_id)[:20],
-            "when": when,
+            "verified": self._source.journals.looks(view.run, info.save_id),
             "form_token": None if self._actions is None else self._actions.form_token,
             "verifying": None if self._actions is None else self._actions.verifying(view.run, info.save_id),
         }
@@ -151,7 +148,9 @@ class Pages:
         return answer_encoded(request, *view.remember("series", lambda: encoded(curves.series(view))))
 
     def live(self, request: Request) -> Response:
-        return answer_json(request, marks.live(self._view(request), self._source.journals))
+        view, journals = self._view(request), self._source.journals
+        key = f"live {journals.stamp(view.run, 'live')} {journals.stamp(view.run, 'jobs')}"
+        return answer_encoded(request, *view.remember(key, lambda: encoded(marks.live(view, journals))))
 
     def history(self, request: Request) -> Response:
         view = self._view(request)

@@ -13,12 +13,12 @@ from ckptstore.dashboard.table import stored_bytes
 
 #: Encodings in words.
 SAVERS = {
-    "unchanged": "unchanged: referenced, not sent again",
-    "delta": "deltas against an earlier checkpoint",
-    "derived": "low-precision copies of their masters",
-    "planes": "byte planes, compressed",
-    "zstd": "compressed",
-    "raw": "sent as they are",
+    "unchanged": "unchanged",
+    "delta": "deltas",
+    "derived": "from masters",
+    "planes": "byte planes",
+    "zstd": "zstd",
+    "raw": "as it is",
 }
 
 
@@ -155,6 +155,7 @@ def series(view: RunView) -> dict[str, Any]:
     return {
         "time": times,
         "step": [info.step for info in ordered],
+        "superseded": [info.superseded for info in ordered],
         "held": held,
         "stored": _cumulative([value or 0 for value in stored]) if any(v is not None for v in stored) else [],
         "each_plain": [info.size_bytes for info in ordered],

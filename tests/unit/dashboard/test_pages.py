@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from dashboard_server import EVIL, JOB, Served, add_save, eventually, served, write_run
 
+from ckptstore.repo import journal
 from ckptstore.repo.local import LocalTier
 
 PAGES = ("run/bert/", "run/bert/training", "run/bert/checkpoints", "run/bert/storage", f"run/bert/checkpoint/{JOB}-3/")
@@ -105,6 +106,24 @@ def test_storage_counts_what_each_tier_holds(both: Served) -> None:
     assert body["each_stored"][3] is None
 
 
+def test_pages_tell_what_the_journal_knows(folder: Path, both: Served) -> None:
+    tier = LocalTier(folder / "store")
+    rules = {"keep_last": 2, "keep_best": 0, "keep_every_steps": 0, "monitor": None, "mode": "min"}
+    journal.append(tier, "bert", "rules", [{"local": rules, "remote": {**rules, "keep_last": 9}}])
+    look = {"time": "2026-01-01T00:00:00.000Z", "step": 200, "save_id": f"{JOB}-2", "tier": "file", "what": EVIL}
+    journal.append(tier, "bert", "verified", [{**look, "depth": "bytes", "result": "damaged"}, {"time": 3}])
+    table = both.get("/run/bert/checkpoints").text
+    assert "may go now (local); one of the last 9 (file)" in table
+    page = both.get(f"/run/bert/checkpoint/{JOB}-2/").text
+    assert "Retention:</strong> may go now (local); one of the last 9 (file)." in page
+    assert "&lt;script&gt;" in page
+    assert "Rests on</strong> <a" in page
+    assert "every byte" in both.get("/run/bert/").text
+    storage = eventually(lambda: "objects" in (text := both.get("/run/bert/storage").text) and text)
+    for words in ("Keeps the last 2", "pushes out step 100, 200, 300", ">deltas<", ">unchanged<", "a month"):
+        assert words in storage, words
+
+
 def test_names_stay_text_when_they_are_scripts(tmp_path: Path) -> None:
     add_save(tmp_path, 100, metrics={EVIL: 1.0, "=cmd|calc": 2.0}, tags=(EVIL,), versions={EVIL: EVIL})
     (tmp_path / EVIL.replace("/", "_")).mkdir()  # a run of such a name can't be: not ours, not shown
@@ -161,6 +180,8 @@ def test_an_empty_store_is_an_invitation(tmp_path: Path) -> None:
 def test_pages_are_quick_when_there_are_many_checkpoints(tmp_path: Path) -> None:
     for step in range(1, 1501):
         add_save(tmp_path, step, metrics={"loss": 1 / step})
+    rules = {"keep_last": 700, "keep_best": 10, "keep_every_steps": 50, "monitor": "loss", "mode": "min"}
+    journal.append(LocalTier(tmp_path), "bert", "rules", [{"local": rules}])
     with served(str(tmp_path)) as one:
         one.get("/")
         begun = time.process_time()  # of this process, server included: other load does not count
@@ -168,3 +189,4 @@ def test_pages_are_quick_when_there_are_many_checkpoints(tmp_path: Path) -> None
         assert time.process_time() - begun < 3 * 0.3
         assert all(page.status == 200 for page in pages)
         assert len(pages[1].body) < 100_000, "one page of rows, not all"
+        assert "one of the last 700" in pages[1].text

@@ -92,7 +92,7 @@ const Charts = (() => {
     const [unit, word] = scale(Math.max(0, ...traces.map((t) => t.y.at(-1) || 0)));
     traces.forEach((trace) => { trace.y = divided(trace.y, unit); });
     draw("held", traces, { showlegend: true, yaxis: { rangemode: "tozero", title: { text: word } } });
-    const tail = Math.max(0, when.length - 400), steps = data.step.slice(tail).map((s, i) => `${s}`);
+    const tail = Math.max(0, when.length - 400), steps = data.step.slice(tail).map((s, i) => `${s}${data.superseded[tail + i] ? " superseded" : ""}`);
     const [one, oneWord] = scale(data.each_plain.slice(tail).reduce((a, b) => Math.max(a, b), 0));
     const bar = (values, name, color) => ({ type: "bar", name, x: steps, y: divided(values.slice(tail), one), text: values.slice(tail).map((v) => (v === null ? "" : bytes(v))), textposition: "none", hoverinfo: "x+text", marker: { color } });
     draw("each", [bar(data.each_plain, "as loaded", palette[0]), bar(data.each_stored, "uploaded", palette[5])], { barmode: "group", showlegend: true, xaxis: { title: { text: "step" }, type: "category", nticks: 12 }, yaxis: { rangemode: "tozero", title: { text: oneWord } } });
