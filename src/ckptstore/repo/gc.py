@@ -111,7 +111,8 @@ def collect(
         name: What users call it.
         runs: Which runs.
         rules: How long is long.
-        part: ``(i, n)``: only every n-th save's objects, for several collectors at once. Each of them looks at all.
+        part: ``(i, n)``: for several collectors at once. Each reads all manifests, since a pack may be needed by any
+            save; what is announced, and then deleted, is divided by saves.
         progress: Told how many of how many shard manifests were read.
         clock: Only measures how long things take here.
 
@@ -182,7 +183,9 @@ class _Collector:
         self._done.dead_intents = sorted(marks.expired)
         limit = self._now - timedelta(seconds=self._rules.grace_seconds)
         due = {
-            i: one for i, (published, one) in lists.items() if i not in swept and published <= limit and i in announced
+            i: one
+            for i, (published, one) in lists.items()
+            if i not in swept and published <= limit and i in announced and self._is_in_part(next(iter(one.keys), i))
         }
         self._sweep(due, marks)
         done = {i for i, waiting in swept.items() if not set(waiting) & (marks.underway | marks.expired)}
@@ -284,6 +287,7 @@ class _Collector:
         return published
 
     def _is_in_part(self, key: str) -> bool:
+        """Whether an object of this key, or a list that begins with it, is ours to deal with."""
         return zlib.crc32(_owner(key).encode()) % self._count == self._index
 
 

@@ -118,6 +118,22 @@ def test_parts_together_collect_what_one_collects(world: World) -> None:
     world.check()
 
 
+def test_parts_divide_the_deletions_among_them(world: World) -> None:
+    for seed in range(8):
+        pushed(world, seed)
+    for _ in range(7):
+        world.delete(0)
+    deleted: dict[int, list[str]] = {0: [], 1: []}
+    for _ in range(6):
+        for index in deleted:
+            deleted[index] += [doomed.key for doomed in world.collect(part=(index, 2))[0].deleted]
+        world.wait(DAY)
+    assert all(deleted.values()), "each did a share"
+    assert not set(deleted[0]) & set(deleted[1]), "none did the other's work"
+    assert world.packs() == world.needed()
+    world.check()
+
+
 def test_foreign_and_malformed_names_are_left_alone(world: World) -> None:
     pushed(world, 0)
     foreign = [f"runs/{RUN}/packs/readme.txt", f"runs/{RUN}/shards/x/shard-00000.json", f"runs/{RUN}x/packs/y", "mine"]
