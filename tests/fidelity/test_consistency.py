@@ -160,6 +160,7 @@ def test_ties_come_back_as_ties_when_read_or_loaded_without_a_target(tmp_path: P
         for back in (store.read(), target):
             assert back["a"].data_ptr() == back["b"].data_ptr() == back["c"]["deep"].data_ptr()
             assert back["own"].data_ptr() != back["a"].data_ptr()
+            assert back["view"].data_ptr() == back["a"].data_ptr(), "seen in another shape, and still the same memory"
             assert_same(state, back)
 
 

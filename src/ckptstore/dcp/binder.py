@@ -18,9 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from ckptstore.dcp import composites
 from ckptstore.dcp.boxes import Box, Shape, box_of, dtype_name
+from ckptstore.dcp.views import overlapping, still_holds
 from ckptstore.dcp.walk import Fragments, Kind, Walk
 from ckptstore.errors import StateError
 from ckptstore.format.manifest import Json
+from ckptstore.format.tree import View, with_views
 
 
 class BoundTensor:
@@ -105,7 +107,7 @@ class Binding:
 
     def outline(self) -> Any:
         """``tree`` without its fragments: the values that should agree between ranks."""
-        return _without(self.tree, self.fragments)
+        return {name: _without(self.tree[name], self.fragments) for name in ("version", "tree")}
 
 
 def _without(node: Any, fragments: frozenset[int]) -> Any:
@@ -132,6 +134,7 @@ class Binder:
         self._ties = _Ties()
         self._aliases: dict[str, str] = {}
         self._kept: tuple[BoundTensor, ...] = ()
+        self._views: dict[int, View] = {}
         self._indexes: list[int] | None = None
         self._fingerprint = b""
         self._fragments: Fragments = {}
@@ -155,10 +158,12 @@ class Binder:
             self._fingerprint = _fingerprint(self._kept, self._aliases)
         if self._indexes is not None:
             locals_ = [locals_[i] for i in self._indexes]
+        if not same or not still_holds(self._views, locals_):
+            self._views = overlapping(self._kept, locals_)
         return Binding(
             tensors=self._kept,
             locals=locals_,
-            tree=encoded,
+            tree=with_views(encoded, {self._kept[i].name: view for i, view in self._views.items()}),
             fragments=walk.fragment_ids,
             per_rank=own,
             aliases=self._aliases,

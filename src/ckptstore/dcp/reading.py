@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ckptstore.dcp.boxes import Box, dtype_of
+from ckptstore.dcp.boxes import Box
 from ckptstore.dcp.loader import fill
 from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub, substitute
 from ckptstore.dcp.target import Slot
+from ckptstore.dcp.views import NewMemory
 from ckptstore.format.tree import Composite
 
 
@@ -31,7 +32,7 @@ def read_state(
     """The state as it was saved: the same keys, containers and values, tensors on the CPU. Local.
 
     A module is one flat dict of names, an optimizer ``{"state": ..., "param_groups": ...}`` by parameter name. Tied
-    names give the same tensor. ``per_rank`` values are those of ``rank``.
+    names give the same tensor, and views that overlapped overlap. ``per_rank`` values are those of ``rank``.
 
     Args:
         only: globs of dotted names; everything else, and what is left empty by that, is left out and not read.
@@ -44,11 +45,12 @@ def read_state(
     globs = tuple(only)
     tensors: dict[str, torch.Tensor] = {}
     slots: list[Slot] = []
+    memory = NewMemory(source, allocate)
 
     def tensor(name: str) -> torch.Tensor:
         if name not in tensors:
             meta = source.tensors[name]
-            new = tensors[name] = allocate(meta.shape, dtype_of(meta.dtype))
+            new = tensors[name] = memory.tensor(name)
             slots.append(Slot(name, name, Box(new, meta.shape, (0,) * len(meta.shape), meta.shape)))
         return tensors[name]
 

@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ckptstore.dcp import composites, modules
-from ckptstore.dcp.boxes import Box, box_of, dtype_name, dtype_of
+from ckptstore.dcp.boxes import Box, box_of, dtype_name
 from ckptstore.dcp.composite_target import described, match_composite
 from ckptstore.dcp.markers import PerRank, Trainable
 from ckptstore.dcp.optimizer_target import match_optimizer
 from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub, dotted, flatten, look_up, substitute
+from ckptstore.dcp.views import NewMemory
 from ckptstore.dcp.walk import Walk, is_stateful
 from ckptstore.errors import FormatError, LoadMismatchError, StateError
 from ckptstore.format import tree
@@ -87,6 +88,7 @@ class Matcher:
         self._only = tuple(only)
         self._matched_any = False
         self._new: dict[str, torch.Tensor] = {}
+        self._memory = NewMemory(source, lambda shape, dtype: torch.empty(shape, dtype=dtype))
         keys = frozenset(state) | frozenset(map(str, state))
         self._stored = StoredState(source, rank=rank, keys=keys, rename=rename, allocate=self._allocate_hidden)
         self.renamed = self._stored.renamed
@@ -213,7 +215,7 @@ class Matcher:
         if name in self._new:  # tied when it was saved, and so again
             return self._new[name]
         meta = self.source.tensors[name]
-        new = self._new[name] = torch.empty(meta.shape, dtype=dtype_of(meta.dtype))
+        new = self._new[name] = self._memory.tensor(name)
         self.found.slots.append(Slot(key, name, Box(new, meta.shape, (0,) * len(meta.shape), meta.shape)))
         return new
 

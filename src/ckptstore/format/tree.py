@@ -1,6 +1,7 @@
 """The non-tensor part of a state as safe, typed, versioned JSON: no pickle, and nothing in it is ever called.
 
-``encode`` turns a state of any nesting into ``{"version": 1, "tree": node}``; ``decode`` gives it back with the same
+``encode`` turns a state of any nesting into ``{"version": 1, "tree": node}``, to which :func:`with_views` may add
+``"views"``: how tensors that overlapped lay in one memory. ``decode`` gives it back with the same
 values, container types, key types and order, or says by key why it can't. Tensors are not in it: a ``leaf`` callback
 puts a :class:`TensorRef` where one was, and gives something for each on the way back.
 
@@ -15,8 +16,8 @@ What a node looks like: :mod:`ckptstore.format.types_base` and :mod:`ckptstore.f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 from ckptstore.errors import FormatError, StateError
 from ckptstore.format import types_plain, types_refs, types_registered, types_std, types_user
@@ -49,6 +50,7 @@ __all__ = [
     "Path",
     "PerRankRef",
     "TensorRef",
+    "View",
     "decode",
     "encode",
     "fqn",
@@ -58,6 +60,8 @@ __all__ = [
     "register_type",
     "subtrees",
     "tensor_names",
+    "views",
+    "with_views",
 ]
 
 VERSION = 1
@@ -138,6 +142,36 @@ def subtrees(tree: Json) -> dict[Any, Json]:
     if type(node) is not dict or (isinstance(tag, str) and tag not in types_plain.MAPPING_TAGS):
         raise FormatError("state tree: the state is not a mapping")
     return {key: {"version": VERSION, "tree": value} for key, value in _items(node, ())}
+
+
+class View(NamedTuple):
+    """Where a tensor lay in the memory that the tensors of its group shared, in elements."""
+
+    group: int
+    offset: int
+    stride: tuple[int, ...]
+
+
+def with_views(tree: Json, views: Mapping[str, View]) -> Json:
+    """The tree that also says which of its tensors, by name, overlapped; each is stored whole all the same."""
+    if not views:
+        return tree
+    return {**tree, "views": {name: [view.group, view.offset, *view.stride] for name, view in views.items()}}
+
+
+def views(tree: Json) -> dict[str, View]:
+    """What :func:`with_views` noted. Numbers are in range, and not to be trusted beyond that.
+
+    Raises:
+        FormatError: damaged.
+    """
+    noted = tree.get("views", {}) if type(tree) is dict else {}
+    if type(noted) is not dict:
+        raise FormatError("state tree: its views are damaged")
+    for name, view in noted.items():
+        if type(view) is not list or len(view) < 2 or not all(type(n) is int and 0 <= n < 2**60 for n in view):
+            raise FormatError(f"state tree: the view {name!r} is damaged", key=name)
+    return {name: View(view[0], view[1], tuple(view[2:])) for name, view in noted.items()}
 
 
 def tensor_names(tree: Json) -> list[str]:
@@ -227,7 +261,7 @@ def _in_order(node: Json) -> list[Any]:
 
 
 def _root(tree: Json) -> Any:
-    if type(tree) is not dict or tree.keys() != {"version", "tree"} or type(tree["version"]) is not int:
+    if type(tree) is not dict or tree.keys() - {"views"} != {"version", "tree"} or type(tree["version"]) is not int:
         raise FormatError("state tree: this is not one")
     if tree["version"] > VERSION:
         raise FormatError(
