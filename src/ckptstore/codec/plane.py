@@ -170,7 +170,7 @@ def _widen(payload: Buffer, count: int, slot: str) -> Bytes:
     where = np.flatnonzero(octets == escape)
     if len(where) != num_misfits:
         raise damaged("a narrow plane has the wrong number of misfits")
-    octets[where] += misfits
+    octets[where] = misfits + np.uint8(escape)  # what is there is the escape
     return np.add(octets, np.uint8(bias), out=octets)
 
 

@@ -8,7 +8,6 @@ memory stays at the target plus a few batches.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,36 +21,24 @@ import numpy as np
 import torch
 
 from ckptstore.dcp.agreement import Agreement
-from ckptstore.dcp.boxes import copyable, dtype_of
-from ckptstore.dcp.geometry import Shape, boxes_of_run, is_run, overlap
+from ckptstore.dcp.boxes import dtype_of
+from ckptstore.dcp.geometry import overlap
+from ckptstore.dcp.parts import Part, chunks_touched, memory_of, scatter
 from ckptstore.dcp.sharing import ChunkId, Delivery, Readers, deliveries, windows
 from ckptstore.dcp.stored import ChunkSource
 from ckptstore.dcp.target import Slot
 from ckptstore.errors import CkptError, IncompleteCheckpointError, IntegrityError
-from ckptstore.format.manifest import Piece, digest
+from ckptstore.format.manifest import digest
 
-#: Chunks are read in batches of about this many bytes.
-BATCH_BYTES = 16 << 20
+#: Plain bytes being read at a time, by all threads together: each reads its share in one batch. Few large requests cost
+#: both ends much less than many small ones.
+WINDOW_BYTES = 96 << 20
+_LEAST_BATCH_BYTES = 8 << 20
 #: Source of bytes that another rank read for this one.
 PEER = "peer"
 #: Longest time between two signs of life of a rank that is busy loading.
 _BEAT_S = 0.5
 _WINDOW_READERS = 4
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The overlap of one stored piece with one slot."""
-
-    slot: Slot
-    rank: int
-    piece_index: int
-    piece: Piece
-    offsets: Shape
-    shape: Shape
-    dtype: torch.dtype
-    chunk_elements: int
-    chunk_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -87,7 +74,7 @@ class Filler:
         self._agreement = agreement if agreement is not None and agreement.world_size > 1 else None
         self._readers = readers
         self._lock = threading.Lock()
-        self._parts: dict[ChunkId, list[_Part]] = {}
+        self._parts: dict[ChunkId, list[Part]] = {}
         self.touched: set[str] = set()
         self.bytes_by_source: Counter[str] = Counter()
 
@@ -101,7 +88,7 @@ class Filler:
             wanted = 0
             for part in self._parts_of(slot):
                 wanted += prod(part.shape)
-                for number in _chunks_touched(part):
+                for number in chunks_touched(part):
                     self._parts.setdefault((part.rank, part.piece_index, number), []).append(part)
             if wanted != prod(slot.box.shape):
                 raise IncompleteCheckpointError(
@@ -119,7 +106,8 @@ class Filler:
         """
         found = self._shared()
         mine = {d.chunk: d for d in found if self._agreement is not None and self._agreement.rank in d.takers}
-        batches = list(self._batched(chunk for chunk in sorted(self._parts) if chunk not in mine))
+        alone = [chunk for chunk in sorted(self._parts) if chunk not in mine]
+        batches = list(self._batched(alone, max(_LEAST_BATCH_BYTES, WINDOW_BYTES // threads)))
         if self._agreement is None and len(batches) <= 1:
             for batch in batches:
                 self._read_batch(batch)
@@ -139,7 +127,7 @@ class Filler:
 
     # -- for itself ---------------------------------------------------------------------------------------------------
 
-    def _parts_of(self, slot: Slot) -> Iterator[_Part]:
+    def _parts_of(self, slot: Slot) -> Iterator[Part]:
         dtype = dtype_of(self._source.tensors[slot.name].dtype)
         if slot.box.local.numel() == 0:
             return
@@ -148,17 +136,17 @@ class Filler:
             if common is None:
                 continue
             sizes = tuple(chunk.size_bytes for chunk in self._source.chunks(rank, index))
-            yield _Part(slot, rank, index, piece, *common, dtype, sizes[0] // dtype.itemsize, sizes)
+            yield Part(slot, rank, index, piece, *common, dtype, sizes[0] // dtype.itemsize, sizes)
 
     def _size_of(self, chunk: ChunkId) -> int:
         return self._source.chunks(chunk[0], chunk[1])[chunk[2]].size_bytes
 
-    def _batched(self, chunks: Iterable[ChunkId]) -> Iterator[list[ChunkId]]:
+    def _batched(self, chunks: Iterable[ChunkId], limit: int) -> Iterator[list[ChunkId]]:
         batch: list[ChunkId] = []
         size = 0
         for chunk in chunks:
             more = self._parts[chunk][0].chunk_bytes[chunk[2]] + 4096
-            if batch and (size + more > BATCH_BYTES or chunk[0] != batch[0][0]):
+            if batch and (size + more > limit or chunk[0] != batch[0][0]):
                 yield batch
                 batch, size = [], 0
             batch.append(chunk)
@@ -171,7 +159,7 @@ class Filler:
         indirect: list[tuple[ChunkId, memoryview]] = []
         for chunk in batch:
             parts = self._parts[chunk]
-            out = _target(parts[0], chunk[2]) if len(parts) == 1 else None
+            out = memory_of(parts[0], chunk[2]) if len(parts) == 1 else None
             if out is None:
                 out = np.empty(parts[0].chunk_bytes[chunk[2]], np.uint8).data
                 indirect.append((chunk, out))
@@ -186,13 +174,13 @@ class Filler:
         """Copy a verified chunk to where it belongs."""
         with torch.no_grad():
             for part in self._parts[chunk]:
-                target = _target(part, chunk[2])
+                target = memory_of(part, chunk[2])
                 if target is not None:
                     np.frombuffer(target, np.uint8)[:] = np.frombuffer(data, np.uint8)
                 else:
-                    _scatter(part, chunk[2] * part.chunk_elements, _as_tensor(data, part.dtype))
+                    scatter(part, chunk[2] * part.chunk_elements, data)
 
-    def _touch(self, parts: list[_Part]) -> None:
+    def _touch(self, parts: list[Part]) -> None:
         with self._lock:
             self.touched.update(part.slot.key for part in parts)
 
@@ -357,67 +345,3 @@ def _last_of_each_memory(slots: list[Slot]) -> list[Slot]:
         by_memory.pop(memory, None)
         by_memory[memory] = slot
     return list(by_memory.values())
-
-
-def _chunks_touched(part: _Part) -> Iterator[int]:
-    if part.shape == part.piece.shape:
-        yield from range(len(part.chunk_bytes))
-        return
-    at = tuple(o - p for o, p in zip(part.offsets, part.piece.offsets, strict=True))
-    for number in range(len(part.chunk_bytes)):
-        start = number * part.chunk_elements
-        count = min(part.chunk_elements, prod(part.piece.shape) - start)
-        if any(
-            overlap(offsets, shape, at, part.shape) is not None
-            for offsets, shape in boxes_of_run(part.piece.shape, start, count)
-        ):
-            yield number
-
-
-def _target(part: _Part, number: int) -> memoryview | None:
-    """The target's own memory for a chunk that is a run there, wholly wanted and in no need of conversion."""
-    box = part.slot.box
-    local, dtype = box.local, part.dtype
-    if (
-        local.dtype != dtype
-        or local.device.type != "cpu"
-        or not local.is_contiguous()
-        or local.is_conj()
-        or local.is_neg()
-    ):
-        return None
-    start, size = number * part.chunk_elements, part.chunk_bytes[number]
-    count = size // dtype.itemsize
-    at = tuple(o - p for o, p in zip(part.offsets, part.piece.offsets, strict=True))
-    first = is_run(part.piece.shape, at, part.shape)
-    target_at = tuple(o - b for o, b in zip(part.offsets, box.offsets, strict=True))
-    target_first = is_run(box.shape, target_at, part.shape)
-    if first is None or target_first is None:
-        return None
-    if start < first or start + count > first + prod(part.shape):
-        return None
-    address = local.data_ptr() + (target_first + (start - first)) * dtype.itemsize
-    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
-
-
-def _as_tensor(data: memoryview, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8)).view(dtype)
-
-
-def _scatter(part: _Part, start: int, chunk: torch.Tensor) -> None:
-    """Copy what is wanted of a chunk into the target, box by box."""
-    box = part.slot.box
-    at = tuple(o - p for o, p in zip(part.offsets, part.piece.offsets, strict=True))
-    shift = tuple(p - b for p, b in zip(part.piece.offsets, box.offsets, strict=True))
-    position = 0
-    for offsets, shape in boxes_of_run(part.piece.shape, start, chunk.numel()):
-        count = prod(shape)
-        run = chunk[position : position + count].view(shape)
-        position += count
-        common = overlap(offsets, shape, at, part.shape)
-        if common is None:
-            continue
-        where, extent = common
-        source = run[tuple(slice(w - o, w - o + e) for w, o, e in zip(where, offsets, extent, strict=True))]
-        target = box.local[tuple(slice(w + s, w + s + e) for w, s, e in zip(where, shift, extent, strict=True))]
-        copyable(target).copy_(copyable(source))

@@ -13,6 +13,7 @@ import torch
 
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.filler import Filler
+from ckptstore.dcp.pause import no_collections
 from ckptstore.dcp.sharing import Readers
 from ckptstore.dcp.stored import ChunkSource
 from ckptstore.dcp.target import Matched, Matcher, Slot
@@ -22,6 +23,7 @@ from ckptstore.types import LoadReport
 _LISTED = 20
 
 
+@no_collections()
 def load_into(
     state: Mapping[Any, Any],
     source: ChunkSource,
@@ -93,6 +95,7 @@ def load_into(
     )
 
 
+@no_collections()
 def fill(slots: list[Slot], source: ChunkSource, *, threads: int = 4) -> dict[str, int]:
     """Read slots without a target around them; returns plain bytes by source."""
     filler = Filler(source, slots)

@@ -21,16 +21,16 @@ from torch.optim import Optimizer
 from ckptstore.dcp import composites, modules
 from ckptstore.dcp.boxes import Box, box_of, dtype_name
 from ckptstore.dcp.composite_target import described, match_composite
+from ckptstore.dcp.containers import Flat, Replace, in_place, replace_tuple, replacer
 from ckptstore.dcp.markers import PerRank, Trainable
 from ckptstore.dcp.optimizer_target import match_optimizer
 from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub, dotted, flatten, look_up, substitute
 from ckptstore.dcp.views import NewMemory
 from ckptstore.dcp.walk import Walk, is_stateful
-from ckptstore.errors import FormatError, LoadMismatchError, StateError
+from ckptstore.errors import FormatError, StateError
 from ckptstore.format import tree
 
 Path = tuple[Any, ...]
-Replace = Callable[[Any], None]
 _FILLABLE = (torch.Tensor, nn.Module, Optimizer, Trainable, PerRank)
 
 
@@ -98,7 +98,7 @@ class Matcher:
         for key in list(self._state):
             stored = self._stored.values
             value = stored[key] if key in stored else stored.get(str(key), MISSING)
-            self.fill((key,), self._state[key], value, self._replacer(self._state, key))
+            self.fill((key,), self._state[key], value, replacer(self._state, key))
         if self._stored.checks:
             self.found.actions.insert(0, ("the state", self._check))
         if self._only and not self._matched_any:
@@ -150,7 +150,7 @@ class Matcher:
         elif isinstance(target, (list, tuple)) and has_fillable(target):
             self._fill_sequence(path, target, stored, replace)
         else:
-            self.put(key, stored, self._in_place(target, replace))
+            self.put(key, stored, in_place(target, replace))
 
     def slot(self, key: str, tensor: torch.Tensor, stub: Stub) -> bool:
         """Fill ``tensor`` with a stored one if shapes and dtypes agree. Returns whether it will be."""
@@ -278,7 +278,7 @@ class Matcher:
         if entries.slow is not None:
             state = modules.state_dict_of(module)
             for fqn in list(state):
-                if fqn not in skipped and not self._fill_flat(path, fqn, state[fqn], flat, self._replacer(state, fqn)):
+                if fqn not in skipped and not self._fill_flat(path, fqn, state[fqn], flat, replacer(state, fqn)):
                     self.note_missing(dotted((*path, fqn)))
             self.found.actions.append((dotted(path), lambda: modules.load_state_dict_into(module, state)))
         else:
@@ -320,13 +320,13 @@ class Matcher:
             )
             return
         if not target or (not isinstance(target, MutableMapping) and not has_fillable(target)):
-            self.put(key, stored, self._in_place(target, replace))
+            self.put(key, stored, in_place(target, replace))
             return
         used: set[Any] = set()
         for name in list(target):
             below, came_from = look_up(stored, name)
             used.update(came_from)
-            self.fill((*path, name), target[name], below, self._replacer(target, name))
+            self.fill((*path, name), target[name], below, replacer(target, name))
         for name in stored:
             if name not in used:
                 self.unexpected(dotted((*path, name)))
@@ -338,17 +338,11 @@ class Matcher:
         new: list[Any] = target if isinstance(target, list) else list(target)
         for index, below in enumerate(target):
             item = stored[index] if index < len(stored) else MISSING
-            self.fill((*path, index), below, item, self._replacer(new, index))
+            self.fill((*path, index), below, item, replacer(new, index))
         for index in range(len(target), len(stored)):
             self.unexpected(dotted((*path, index)))
         if new is not target:
-            self.found.actions.append((dotted(path), lambda: self._replace_tuple(target, new, replace)))
-
-    @staticmethod
-    def _replace_tuple(target: Any, new: list[Any], replace: Replace) -> None:
-        if any(a is not b for a, b in zip(new, target, strict=True)):
-            cls = type(target)
-            replace(cls(*new) if hasattr(cls, "_fields") else cls(new))
+            self.found.actions.append((dotted(path), lambda: replace_tuple(target, new, replace)))
 
     def fill_stateful(self, path: Path, target: Any, stored: Any) -> None:
         key = dotted(path)
@@ -377,57 +371,6 @@ class Matcher:
                 stored[i] = self._adopt(f"{key}.{i}", item, current[i] if i < len(current) else None)
             return stored
         return self.read_into_new(key, stored)
-
-    # -- containers ---------------------------------------------------------------------------------------------------
-
-    def _replacer(self, container: Any, key: Any) -> Replace:
-        def replace(value: Any) -> None:
-            if not isinstance(container, (MutableMapping, list)):
-                raise LoadMismatchError(
-                    f"the value stored for {key!r} can't be put into a {type(container).__name__}",
-                    hint="use a dict",
-                    key=str(key),
-                )
-            container[key] = value
-
-        return replace
-
-    @staticmethod
-    def _in_place(target: Any, replace: Replace) -> Replace:
-        """Containers of plain values keep their identity and get the stored contents."""
-
-        def refill(value: Any) -> None:
-            if type(target) is list and type(value) is list:
-                target[:] = value
-            elif isinstance(target, dict) and type(target) is type(value):
-                target.clear()
-                target.update(value)
-            elif isinstance(target, torch.Generator) and isinstance(value, torch.Generator):
-                target.set_state(value.get_state())
-            else:
-                replace(value)
-
-        return refill
-
-
-class Flat:
-    """Stored values by flat name, each taken once; wrapper segments in names don't matter."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
-        self._bare: dict[str, str] | None = None
-
-    def take(self, fqn: str) -> Any:
-        """The value for a name, or MISSING."""
-        if fqn in self._values:
-            return self._values.pop(fqn)
-        if self._bare is None:
-            self._bare = {modules.strip_wrappers(name): name for name in self._values}
-        return self._values.pop(self._bare.get(modules.strip_wrappers(fqn), fqn), MISSING)
-
-    def left(self) -> list[str]:
-        """Names nobody took."""
-        return list(self._values)
 
 
 def has_fillable(value: Any) -> bool:

@@ -6,20 +6,19 @@ result must have the digest that the shard manifest states, which the root manif
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptstore import codec
 from ckptstore.errors import CkptError, FormatError, IntegrityError, NotFoundError, StorageError, TransientError
-from ckptstore.format.manifest import RemoteShard, ShardManifest, ShardRef, digest, strong_digest
+from ckptstore.format.manifest import RemoteShard, ShardManifest, ShardRef, digest
 from ckptstore.repo.packs import Chunk, PlacedFrame, Range, placed, ranges
 from ckptstore.repo.remote import RemoteTier
 
-#: Plain bytes of base chunks kept, for deltas that share one (tied rows, chunks of zeros) and for readers in pieces.
-BASE_CACHE_BYTES = 32 << 20
+#: Whoever reads in batches decides how large requests are, up to this.
+MAX_REQUEST_BYTES = 32 << 20
 #: A remote that did not answer is asked last for so long: its retries must not slow every request of a load.
 AVOID_SECONDS = 30.0
 
@@ -62,33 +61,6 @@ class Failures:
         )
 
 
-class BaseCache:
-    """Decoded base chunks, least recently used ones leaving first. Thread-safe."""
-
-    def __init__(self, max_bytes: int = BASE_CACHE_BYTES) -> None:
-        self._max_bytes = max_bytes
-        self._held: OrderedDict[str, bytes] = OrderedDict()
-        self._size_bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, name: str) -> bytes | None:
-        """The plain bytes of this name."""
-        with self._lock:
-            if name in self._held:
-                self._held.move_to_end(name)
-            return self._held.get(name)
-
-    def put(self, name: str, plain: bytes) -> None:
-        """Remember, and forget others."""
-        with self._lock:
-            if name in self._held or len(plain) > self._max_bytes:
-                return
-            self._held[name] = plain
-            self._size_bytes += len(plain)
-            while self._size_bytes > self._max_bytes:
-                self._size_bytes -= len(self._held.popitem(last=False)[1])
-
-
 @dataclass(frozen=True)
 class _Answer:
     """What a request brought, and the frames in it."""
@@ -106,6 +78,8 @@ class _Answer:
         frame: PlacedFrame,
         plain: Mapping[PlacedFrame, memoryview | CkptError],
         out: memoryview | None = None,
+        *,
+        is_checked_by_caller: bool = False,
     ) -> memoryview | CkptError:
         """A frame that is here, given what it rests on; or what is wrong with either."""
         base = plain[frame.base] if frame.base is not None else None
@@ -113,7 +87,9 @@ class _Answer:
             return base
         try:
             body = self.data[frame.offset - self.request.start :][: frame.length]
-            return codec.decode(body, size_bytes=frame.size_bytes, base=base, out=out)
+            return codec.decode(
+                body, size_bytes=frame.size_bytes, base=base, out=out, is_checked_by_caller=is_checked_by_caller
+            )
         except IntegrityError as error:
             return error
 
@@ -134,7 +110,6 @@ class RemoteChunks:
         self._save_id = save_id
         self._on_received = on_received
         self._documents: dict[tuple[str, int], RemoteShard] = {}
-        self._bases = BaseCache()
         self._avoided: dict[str, float] = {}
 
     def document(self, remote: RemoteTier, ref: ShardRef) -> RemoteShard:
@@ -196,7 +171,7 @@ class RemoteChunks:
                 document = self.document(remote, wanted[number].ref)
                 by_frame[placed(document, document.frames[document.chunks[chunk.piece][chunk.index]])].append(number)
             outs = {frame: wanted[which[0]].out for frame, which in by_frame.items()}
-            for request in ranges(by_frame):
+            for request in ranges(by_frame, max_bytes=MAX_REQUEST_BYTES):
                 try:
                     for frame, plain in self.read_range(remote, request, outs):
                         if not isinstance(plain, CkptError):
@@ -226,7 +201,8 @@ class RemoteChunks:
         """Every frame of one request, decoded or damaged on its own; the caller compares digests.
 
         What frames rest on is taken from the same answer where it lies there, as a master does that its rounded copy
-        follows; the rest is fetched in ranges too: bases lie side by side, as the deltas do.
+        follows; the rest is fetched in ranges too: bases lie side by side, as the deltas do. A base that only one delta
+        needs is decoded where that delta goes, and changed there: no memory of its own, no second trip through it.
 
         Args:
             remote: Whom to ask.
@@ -237,51 +213,55 @@ class RemoteChunks:
             NotFoundError, IntegrityError, StorageError: nothing of this request can be had.
         """
         inside = _Answer(request, memoryview(self._get(remote, request.pack, request.start, request.length)))
-        plain = self._bases_of(remote, request.frames, inside)
+        room = dict(outs or {})
+        plain = self._bases_of(remote, request.frames, inside, room)
         needed = {frame.base for frame in request.frames}
         for frame in sorted(request.frames, key=lambda frame: len(list(frame.chain()))):
-            found = inside.decode(frame, plain, (outs or {}).get(frame))
+            found = inside.decode(frame, plain, room.get(frame), is_checked_by_caller=True)
             if frame in needed:
                 plain[frame] = found
             yield frame, found
 
     def _bases_of(
-        self, remote: RemoteTier, frames: Sequence[PlacedFrame], inside: _Answer
+        self,
+        remote: RemoteTier,
+        frames: Sequence[PlacedFrame],
+        inside: _Answer,
+        room: dict[PlacedFrame, memoryview],
     ) -> dict[PlacedFrame, memoryview | CkptError]:
         """What these frames rest on, decoded; without those that are among the frames themselves."""
         plain: dict[PlacedFrame, memoryview | CkptError] = {}
-        absent: set[PlacedFrame] = set()
-        for base in {frame.base for frame in frames if frame.base is not None} - set(frames):
-            held = self._bases.get(base.name)
-            if held is not None:
-                plain[base] = memoryview(held)
-            elif inside.holds(base):
-                plain |= self._bases_of(remote, [base], inside)
-                plain[base] = inside.decode(base, plain)
+        resting = Counter(frame.base for frame in frames if frame.base is not None)
+        given = set(frames)
+        absent: dict[PlacedFrame, memoryview] = {}
+        for frame in frames:
+            base = frame.base
+            if base is None or base in plain or base in absent or base in given:
+                continue
+            alone = frame.codec == "delta" and resting[base] == 1
+            out = room.setdefault(frame, _memory(frame)) if alone else _memory(base)
+            if inside.holds(base):
+                plain |= self._bases_of(remote, [base], inside, {base: out})
+                plain[base] = inside.decode(base, plain, out)
             else:
-                absent.add(base)
+                absent[base] = out
         for part in ranges(absent):
-            for base, found in self.read_range(remote, part):
-                plain[base] = found
-                if not isinstance(found, CkptError) and strong_digest(found) == base.name:
-                    self._bases.put(base.name, bytes(found))
+            plain.update(self.read_range(remote, part, absent))
         return plain
 
-    def _base(self, remote: RemoteTier, frame: PlacedFrame) -> bytes | None:
+    def _base(self, remote: RemoteTier, frame: PlacedFrame) -> memoryview | None:
         base = frame.base
         if base is None:
             return None
-        plain = self._bases.get(base.name)
-        if plain is None:
-            data = self._get(remote, base.pack, base.offset, base.length)
-            plain = bytes(codec.decode(data, size_bytes=base.size_bytes, base=self._base(remote, base)))
-            if strong_digest(plain) != base.name:
-                raise IntegrityError(f"pack {base.pack} does not hold the base it should")
-            self._bases.put(base.name, plain)
-        return plain
+        data = self._get(remote, base.pack, base.offset, base.length)
+        return codec.decode(data, size_bytes=base.size_bytes, base=self._base(remote, base))
 
     def _get(self, remote: RemoteTier, pack: str, start: int, length: int) -> bytes:
         data = remote.get_range(pack, start, length)
         if self._on_received is not None:
             self._on_received(length)
         return data
+
+
+def _memory(frame: PlacedFrame) -> memoryview:
+    return memoryview(bytearray(frame.size_bytes))

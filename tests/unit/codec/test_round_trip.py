@@ -110,6 +110,17 @@ def test_decodes_in_place_when_out_is_given_at_any_alignment(kind: str, offset: 
     assert not any(arena[offset + len(plain) :])
 
 
+@pytest.mark.parametrize("count", [1000, (1 << 18) + 77])
+def test_delta_is_undone_where_its_base_lies_when_both_are_one_memory(count: int) -> None:
+    base = np.frombuffer(chunk("weights", 4, count), np.float32)
+    plain = (base * np.float32(1 + 1e-6)).tobytes()
+    encoded = encode(plain, dtype="float32", base=base.tobytes())
+    assert encoded.codec == "delta"
+    memory = memoryview(bytearray(base.tobytes()))
+    decode(encoded.frame, size_bytes=len(plain), base=memory, out=memory)
+    assert bytes(memory) == plain
+
+
 @pytest.mark.parametrize("bad", ["short", "long", "read-only", "strided"])
 def test_out_is_refused_when_it_does_not_fit(bad: str) -> None:
     plain = chunk("weights", 4, 1000)

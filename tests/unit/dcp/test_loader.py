@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -393,6 +394,31 @@ def test_only_the_rows_wanted_are_read_when_a_piece_is_larger() -> None:
     local = torch.empty(4, 1024)
     assert fill([Slot("x", "x", Box(local, (64, 1024), (8, 0), (4, 1024)))], checkpoint) == {"local": 4 * 1024 * 4}
     assert local[0, 0] == 8 * 1024
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_no_garbage_is_collected_while_loading_and_all_is_as_before_when_it_ends(was_on: bool) -> None:
+    seen: list[bool] = []
+
+    class Told:
+        def state_dict(self) -> dict[str, int]:
+            return {"n": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            seen.append(gc.isenabled())
+            if state["n"] != 1:
+                raise ValueError("another state")
+
+    checkpoint = save({"told": Told()})
+    try:
+        gc.enable() if was_on else gc.disable()
+        load_into({"told": Told()}, checkpoint)
+        assert (seen, gc.isenabled()) == ([False], was_on)
+        with pytest.raises(KeyError):
+            load_into({"told": Told(), "more": 1}, checkpoint)
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
 
 
 def test_damage_names_the_parameter_and_what_was_changed() -> None:
