@@ -246,16 +246,15 @@ class AgentClient:
             TransientError: the agent was lost; whether it got the seal is unknown.
         """
         self._call("seal", generation=generation, seal=request.to_wire())
-        self._touch_others(generation)
 
-    def _touch_others(self, filled: int) -> None:
-        """After the first copy, which nothing may slow down: bring the pages of the other generations for theirs."""
+    def _touch(self) -> None:
+        """Once the first save is on disk, which nothing may slow down: bring all pages for the saves to come."""
         with self._lock:
             if self._arena is None or self._arena.is_on_disk or self._is_touched:
                 return
             self._is_touched = True
-            others = [g for index, g in enumerate(self._arena.generations) if index != filled]
-        threading.Thread(target=_touch, args=(others, self._touching), name="ckptstore-touch", daemon=True).start()
+            arguments = self._arena.generations, self._touching
+        threading.Thread(target=_touch, args=arguments, name="ckptstore-touch", daemon=True).start()
 
     def discard(self, save_id: str, reason: str) -> bool:
         """Drop a save that isn't complete, on this node; False if it is complete and stays."""
@@ -417,6 +416,8 @@ class AgentClient:
 
     def _deliver(self) -> None:
         while (event := self._events.get()) is not None:
+            if event.kind in ("local", "prepared"):
+                self._touch()
             try:
                 self._on_event(event)
             except Exception:

@@ -23,13 +23,18 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ckptstore.errors import ConfigError, StorageError, TransientError
+from ckptstore.errors import CkptError, ConfigError, StorageError, TransientError
+
+if TYPE_CHECKING:
+    from ckptstore.config import StoreConfig
 
 #: What an agent may inherit. Credentials are not among it: they come over the socket, per run, and stay in memory.
 #: HOME lets an SDK find its own profile files; proxies are left out because their URLs carry passwords.
@@ -238,6 +243,25 @@ def start_agent(root: Path, directory: RuntimeDir, *, idle_exit_seconds: float, 
         _spawn(root, directory, idle_exit_seconds, deadline)
     finally:
         os.close(lock)
+
+
+def prestart(root: Path, config: StoreConfig) -> None:
+    """Begin to start the agent of ``root`` in the background; whoever connects waits for it, and hears what failed."""
+
+    def start() -> None:
+        directory = RuntimeDir.of(root)
+        with suppress(CkptError, OSError):
+            if (sock := dial(directory.socket)) is not None:
+                sock.close()
+                return
+            start_agent(
+                root,
+                directory,
+                idle_exit_seconds=config.agent_idle_exit_seconds,
+                timeout_s=config.agent_start_timeout_s,
+            )
+
+    threading.Thread(target=start, name="ckptstore-start", daemon=True).start()
 
 
 def _is_vacant(directory: RuntimeDir) -> bool:

@@ -476,6 +476,9 @@ class CheckpointStore:
 
     def _open_session(self, root: Path) -> Session:
         if self._session is None:
+            from ckptstore.agent.runtime import prestart
+
+            prestart(root, self.config)  # it gets up while we import and bind
             from ckptstore.store.session import Session
 
             self._session = Session(
