@@ -72,6 +72,7 @@ CASES = [
     pytest.param([*TORCHRUN, "2", str(EXAMPLES / "ddp.py")], id="ddp"),
     pytest.param([*TORCHRUN, "2", str(EXAMPLES / "fsdp2.py")], id="fsdp2"),
     pytest.param([*TORCHRUN, "4", str(EXAMPLES / "fsdp2.py"), "--replicas", "2"], id="hsdp", marks=pytest.mark.slow),
+    pytest.param([*TORCHRUN, "2", str(EXAMPLES / "fsdp1.py")], id="fsdp1"),
 ]
 
 

@@ -53,6 +53,11 @@ class ResumableLoader:
             yield batch
         self._begun, self._seen = None, 0
 
+    @property
+    def sampler(self) -> Any:
+        """The loader's own; libraries look here for a ``set_epoch``."""
+        return self.loader.sampler
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the sampler, where it wants to know (DistributedSampler)."""
         if hasattr(self.loader.sampler, "set_epoch"):
