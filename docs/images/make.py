@@ -75,10 +75,7 @@ class Run:
         timings.note(self.tier, self.name, save_id, {"ranks": ranks, "write": 0.62, "commit": 0.05})
         if pushed:
             done = push(self.tier, path, self.name, self.remote, config=StoreConfig())
-            codecs = {codec: list(sizes) for codec, sizes in done.bytes_by_codec.items()}
-            sent = {"lag": 2.4, "sent_bytes": done.sent_bytes, "stored_bytes": done.stored_bytes, "by_codec": codecs}
-            more = {"reused_bytes": done.reused_bytes, "rests_on": list(done.rests_on)}
-            timings.note(self.tier, self.name, save_id, {"remote file": {**sent, **more}})
+            timings.note(self.tier, self.name, save_id, {"remote file": {"lag": 2.4, **done.notes()}})
 
 
 def live(first: int, last: int, pause_s: float) -> list[dict[str, Any]]:

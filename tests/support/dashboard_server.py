@@ -140,15 +140,7 @@ def write_run(folder: Path, run: str, saves: int, *, pushed: int | None = None, 
         timings.note(tier, run, save_id, {"ranks": {"0": {"reserve": 0.01, "copy": 0.2}}, "write": 0.5, "commit": 0.1})
         if pushed is None or number <= pushed:
             result = push(tier, path, run, remote, config=StoreConfig())
-            spans = {
-                "lag": 2.0,
-                "sent_bytes": result.sent_bytes,
-                "stored_bytes": result.stored_bytes,
-                "reused_bytes": result.reused_bytes,
-                "by_codec": {codec: list(sizes) for codec, sizes in result.bytes_by_codec.items()},
-                "rests_on": list(result.rests_on),
-            }
-            timings.note(tier, run, save_id, {"remote file": spans})
+            timings.note(tier, run, save_id, {"remote file": {"lag": 2.0, **result.notes()}})
 
 
 def now() -> datetime:

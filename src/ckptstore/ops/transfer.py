@@ -14,7 +14,7 @@ from ckptstore.ops.export import Selection
 from ckptstore.ops.importing import digests_of, whole_piece, write_state
 from ckptstore.ops.open import RunTiers
 from ckptstore.ops.regions import Region, fill
-from ckptstore.repo import names
+from ckptstore.repo import names, timings
 from ckptstore.repo.catalog import Catalog, Record
 from ckptstore.repo.fetch import pull
 from ckptstore.repo.local import LocalTier
@@ -59,6 +59,7 @@ def push_checkpoints(
             if summary.save_id in held or record.local is None:
                 continue
             result = push(tiers.local, record.local.path, tiers.run, remote, config=StoreConfig(), progress=progress)
+            timings.note(tiers.local, tiers.run, summary.save_id, {f"remote {remote.name}": result.notes()})
             done.append(Pushed(summary.step, summary.save_id, remote.name, result))
     return done
 

@@ -69,6 +69,16 @@ class PushResult:
     bytes_by_codec: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     rests_on: tuple[str, ...] = ()
 
+    def notes(self) -> dict[str, object]:
+        """What is noted of a push beside the checkpoint, for people."""
+        return {
+            "sent_bytes": self.sent_bytes,
+            "stored_bytes": self.stored_bytes,
+            "reused_bytes": self.reused_bytes,
+            "by_codec": {codec: list(sizes) for codec, sizes in self.bytes_by_codec.items()},
+            "rests_on": list(self.rests_on),
+        }
+
 
 def push(
     tier: LocalTier,

@@ -69,3 +69,15 @@ def test_a_line_has_what_the_record_says_of_itself() -> None:
         "bert", 7, "NoSpaceError", 15, "make room",
     )  # fmt: skip
     assert not {"save_id", "traceback"} & said.keys()
+
+
+def test_the_address_of_a_hook_is_not_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPTSTORE_CONFIG__HOOK_URL", '"https://user:pw@chat.example/secret"')
+    with pytest.raises(SystemExit):
+        main(["config", "show"])
+    out = capsys.readouterr().out
+    assert "https://chat.example/..." in out
+    assert "secret" not in out
+    assert "pw" not in out

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dashboard_server import add_save
+from dashboard_server import add_save, write_run
 from dashboard_views import JOB, NOW, assess, record, view
 
 from ckptstore.clock import rfc3339
@@ -16,7 +16,8 @@ from ckptstore.dashboard.costs import Costs
 from ckptstore.dashboard.journals import Journals
 from ckptstore.ops.open import open_place
 from ckptstore.ops.settings import PRICES
-from ckptstore.repo import journal
+from ckptstore.ops.transfer import push_checkpoints
+from ckptstore.repo import journal, timings
 from ckptstore.repo.local import LocalTier
 
 LAST_2 = {"keep_last": 2, "keep_best": 1, "keep_every_steps": 0, "monitor": "loss", "mode": "min"}
@@ -75,6 +76,18 @@ def test_savings_add_up_over_what_was_noted() -> None:
         ("deltas", 60, 8),
         ("as it is", 20, 20),
     ]
+
+
+def test_a_push_by_hand_is_noted_like_the_agents(tmp_path: Path) -> None:
+    write_run(tmp_path, "bert", 2, pushed=0)
+    place = open_place(str(tmp_path / "store"), f"file://{tmp_path}/bucket")
+    tiers = place.tiers("bert")
+    for step in (100, 200):
+        push_checkpoints(tiers, step, everything=False)
+    assert place.local is not None
+    seen = view(remotes=("file",), notes={i: timings.read(place.local, "bert", f"{JOB}-{i}") for i in ("1", "2")})
+    assert [one.kind for one in storage.savings(seen)][:2] == ["unchanged", "byte planes"]
+    assert plan.rests_on(seen, "2") == (f"{JOB}-1",)
 
 
 def test_the_base_chain_is_told_by_steps() -> None:
