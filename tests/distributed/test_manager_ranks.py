@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manager_jobs import bereaved, drifting, overhead, raising, resized, signalled, timed, train
+from manager_jobs import bereaved, drifting, overhead, raising, resized, signalled, timed, told_apart, train
 from ranks import DEAD, run_ranks
 
 
@@ -71,3 +71,9 @@ def test_asking_the_ranks_costs_next_to_nothing(tmp_path: Path) -> None:
         assert every > 8
         assert median < 0.0005
         assert mean < 0.001, results
+
+
+def test_rank_zeros_configuration_counts_and_remotes_of_one_rank_only_are_refused(tmp_path: Path) -> None:
+    for chunk_elements, message in run_ranks(2, told_apart, tmp_path):
+        assert chunk_elements == 2048
+        assert "rank 0 has the remotes ['file'], this rank []" in message

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from training import Training, manager
 
-from ckptstore import Preempted
+from ckptstore import CheckpointManager, Preempted
+from ckptstore.errors import ConfigError
 from ckptstore.policy import AtSteps, EverySeconds
 
 
@@ -145,3 +146,21 @@ def overhead(rank: int, folder: Path, step_s: float, steps: int) -> tuple[float,
         every = m._agenda.every if m._agenda else 0
     settled = spent[steps // 3 :]
     return float(np.median(settled)), float(np.mean(settled)), every
+
+
+def told_apart(rank: int, folder: Path) -> tuple[int, str]:
+    """Rank 0's environment has a setting and then a remote that the other's lacks: what is in force, what is said."""
+    os.chdir(folder)
+    if rank == 0:
+        os.environ["CKPTSTORE_CONFIG__CHUNK_ELEMENTS"] = "2048"
+    m = CheckpointManager(folder / "a").track(w=torch.zeros(2))
+    m.save_checkpoint(global_step=1)
+    chunk_elements = m.store._session.config.chunk_elements  # type: ignore[union-attr]
+    m.close()
+    if rank == 0:
+        os.environ["CKPTSTORE_REMOTE"] = f"file://{folder}/bucket"
+    try:
+        CheckpointManager(folder / "b").track(w=torch.zeros(2)).save_checkpoint(global_step=1)
+    except ConfigError as error:
+        return chunk_elements, error.message
+    return chunk_elements, ""

@@ -70,7 +70,8 @@ class Session:
         self.agreement = agreement
         self.rank, self.world_size = self.agreement.rank, self.agreement.world_size
         terms: dict[str, Any] = self.agreement.broadcast(
-            {"job": new_nonce(), "config": config.model_dump(), "run": run}, what="starting to save"
+            {"job": new_nonce(), "config": config.model_dump(), "run": run, "remotes": sorted(remotes)},
+            what="starting to save",
         )
         self.config = StoreConfig(**terms["config"])
         self.job: str = terms["job"]
@@ -84,9 +85,14 @@ class Session:
         self.link = AgentLink(
             root, run=run, rank=self.rank, remotes=self.remotes, config=self.config, committed=committed
         )
-        error: CkptError | None = (
-            None if terms["run"] == run else ConfigError(f"rank 0 saves run {terms['run']!r}, this rank {run!r}")
-        )
+        error: CkptError | None = None
+        if terms["run"] != run:
+            error = ConfigError(f"rank 0 saves run {terms['run']!r}, this rank {run!r}")
+        elif terms["remotes"] != sorted(remotes):
+            error = ConfigError(
+                f"rank 0 has the remotes {terms['remotes']}, this rank {sorted(remotes)}",
+                hint="give every rank the same remote=, $CKPTSTORE_REMOTE or ckptstore.toml",
+            )
         try:
             if error is None:
                 self.link.reconnect()
