@@ -21,6 +21,7 @@ from training import CONFIG, Training, manager
 from ckptstore import CheckpointManager, CheckpointStore, errors
 from ckptstore.agent.client import AgentClient
 from ckptstore.policy import AtSteps
+from ckptstore.repo.holding import Hold
 
 
 def steps(folder: Path, **options: Any) -> list[int]:
@@ -52,6 +53,17 @@ def test_saves_come_when_due_and_retention_keeps_the_last_and_the_best(tmp_path:
         taken = [s for s in range(1, 61) if m.step(s, metrics={"loss": abs(s - 20.0)}) is not None]
         assert taken == [10, 20, 30, 40, 50, 60]
     assert steps(tmp_path) == [20, 50, 60]
+
+
+def test_what_is_read_is_kept_until_that_has_ended(tmp_path: Path) -> None:
+    with manager(tmp_path, save_every_steps=1, keep_last=1, keep_best=0).track(w=torch.zeros(4)) as m:
+        m.step(1).local.result(60)
+        hold = Hold(next(tmp_path.glob("*/step-*")))
+        m.step(2).local.result(60)
+        assert steps(tmp_path) == [1, 2]
+        hold.release()
+        m.step(3).local.result(60)
+        assert steps(tmp_path) == [3]
 
 
 def test_retention_has_run_when_the_level_is_reached(tmp_path: Path) -> None:

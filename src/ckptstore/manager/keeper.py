@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ckptstore.clock import SYSTEM_CLOCK, rfc3339
-from ckptstore.errors import CkptError, NotFoundError
+from ckptstore.errors import CkptError, LockedError, NotFoundError
 from ckptstore.manager.voice import Voice
 from ckptstore.policy.retention import Decision, Retention
 from ckptstore.repo import journal
@@ -100,6 +100,9 @@ class Keeper:
                 log.debug("removed step %d (save %s) from the local tier", info.step, info.save_id)
             except NotFoundError:
                 pass  # another node's rank on a shared file system was faster
+            except LockedError:
+                log.debug("step %d is being read; it goes after a later save", info.step)
+                continue
             except CkptError as error:
                 self._voice.warn(f"step {info.step} could not be removed from the local tier: {error}")
                 continue

@@ -29,7 +29,7 @@ from ckptstore.format.manifest import (
     canonical,
     check_run_name,
 )
-from ckptstore.repo import directory, durable, names
+from ckptstore.repo import directory, durable, holding, names
 from ckptstore.repo.durable import raise_for_errno, read_bounded
 from ckptstore.repo.local_save import LocalSave, look_at, remove_checkpoint
 
@@ -208,6 +208,7 @@ class LocalTier:
         Raises:
             ConfigError: not a run name or not a save_id.
             CheckpointNotFoundError: this tier does not have it.
+            LockedError: somebody reads it.
             StorageError: as the disk said; the save may be gone already.
         """
         path = self._find_path(run, names.check_save_id(save_id))
@@ -215,9 +216,10 @@ class LocalTier:
             raise CheckpointNotFoundError(f"run {run!r} has no save {save_id} in {self.root}", run=run, save_id=save_id)
         condemned = path.with_name(names.deleting_dir(save_id))
         try:
-            remove_checkpoint(condemned)
-            os.rename(path, condemned)
-            durable.fsync_parent(condemned)
+            with holding.alone(path):
+                remove_checkpoint(condemned)
+                os.rename(path, condemned)
+                durable.fsync_parent(condemned)
             remove_checkpoint(condemned)
             (self.run_path(run) / names.TIMINGS / f"{save_id}.json").unlink(missing_ok=True)
         except OSError as error:

@@ -38,6 +38,7 @@ from ckptstore.format.manifest import (
 from ckptstore.repo import directory
 from ckptstore.repo.durable import READ_FLAGS
 from ckptstore.repo.frames import Failures, RemoteChunks, Wanted
+from ckptstore.repo.holding import Hold
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.packs import Chunk, chunks_of
 from ckptstore.repo.peers import PEERS, Told
@@ -54,6 +55,8 @@ _MANIFEST_READERS = 8
 
 class CheckpointReader:
     """Opens one checkpoint: reads its manifests and no tensor byte. Thread-safe; close it to give back descriptors.
+
+    While it is open the local copy is not deleted: retention passes it over and comes back to it.
 
     Attributes:
         root: The root manifest.
@@ -97,7 +100,12 @@ class CheckpointReader:
         self._bytes: Counter[str] = Counter()
         self._repaired: set[str] = set()
         self._manifests_here: set[int] = set()
-        self.root, self.shards = self._open()
+        self._hold = Hold(self._save.path) if self._save is not None else None
+        try:
+            self.root, self.shards = self._open()
+        except BaseException:
+            self.close()
+            raise
         self._tables = {rank: chunks_of(shard) for rank, shard in self.shards.items()}
         self._refs = {ref.rank: ref for ref in self.root.shards}
         self.tensors: dict[str, TensorMeta] = {}
@@ -118,10 +126,13 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
-        """Close the local files; idempotent."""
+        """Close the local files and let go of the checkpoint; idempotent."""
         with self._lock:
             fds, self._fds = self._fds, {}
             self._images = {}
+            hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.release()
         for fd in fds.values():
             if fd is not None:
                 os.close(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -13,7 +14,15 @@ import pytest
 from ckptstore.blob import open_blob_store
 from ckptstore.clock import new_nonce
 from ckptstore.config import StoreConfig
-from ckptstore.errors import CredentialsError, IncompleteCheckpointError, IntegrityError, StorageError, TransientError
+from ckptstore.errors import (
+    CredentialsError,
+    IncompleteCheckpointError,
+    IntegrityError,
+    LockedError,
+    StorageError,
+    TransientError,
+)
+from ckptstore.repo.holding import Hold, alone
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.repo.record import Record
@@ -308,6 +317,49 @@ def test_descriptors_are_given_back_when_closed(house: House) -> None:
         assert count() > before
     reader.close()
     assert count() == before
+
+
+def test_the_local_copy_is_not_deleted_when_somebody_reads_it(house: House) -> None:
+    save_id = house.path.name.split("-", 2)[2]
+    with house.open(remotes=0) as reader, house.open(remotes=0) as other:
+        with pytest.raises(LockedError, match="being read") as caught:
+            house.tier.delete("default", save_id)
+        assert caught.value.exit_code == 11
+        other.close()
+        with pytest.raises(LockedError):
+            house.tier.delete("default", save_id)
+        assert everything(reader) == expected(house.state)
+    house.tier.delete("default", save_id)
+    assert not house.tier.saves("default")
+
+
+def test_nothing_stays_locked_when_a_reading_process_is_killed(house: House) -> None:
+    save_id = house.path.name.split("-", 2)[2]
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        Hold(house.path)
+        os.write(tell, b"!")
+        signal.pause()
+    assert os.read(ready, 1) == b"!"
+    try:
+        with pytest.raises(LockedError):
+            house.tier.delete("default", save_id)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell)
+    house.tier.delete("default", save_id)
+
+
+def test_a_copy_that_is_being_deleted_is_not_believed(house: House) -> None:
+    with alone(house.path):
+        held = Hold(house.path)
+        assert held._fd is None
+        held.release()
+    with house.open(remotes=0) as reader:
+        assert everything(reader) == expected(house.state)
 
 
 def test_wrong_buffer_is_refused_when_reading(house: House) -> None:
