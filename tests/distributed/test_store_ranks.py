@@ -18,6 +18,7 @@ from store_jobs import (
     load_with_trouble,
     refuse_on_one_rank,
     save,
+    save_on_a_shared_root,
     save_on_nodes,
     stock_calls,
 )
@@ -108,6 +109,15 @@ def test_a_rank_that_dies_while_loading_is_named(tmp_path: Path) -> None:
 
 class TestTwoNodes:
     """Two roots, two agents: prepared, then complete."""
+
+    def test_nodes_that_share_a_root_are_told_so_before_anything_is_written(self, tmp_path: Path) -> None:
+        root = tmp_path / "shared"
+        for error in run_ranks(2, save_on_a_shared_root, str(root), str(tmp_path / "runtime")):
+            assert type(error).__name__ == "ConfigError", error
+            assert f"nodes 0, 1 share the local root {root}" in str(error)
+            assert "give each node one of its own" in error.hint
+        assert not list(root.glob("*/step-*"))
+        assert not list(root.glob(".node-*"))
 
     def test_each_node_holds_its_part_and_the_same_commit(self, tmp_path: Path) -> None:
         root = str(tmp_path)

@@ -88,6 +88,13 @@ def save_on_nodes(rank: int, root: str, remote: str | None, level: str = "local"
     return save(rank, "fsdp", node_root(root, rank), remote, level)
 
 
+def save_on_a_shared_root(rank: int, root: str, runtime: str) -> Any:
+    """Two nodes, each with an agent of its own, that see one directory; what else lies there afterwards."""
+    os.environ["XDG_RUNTIME_DIR"] = f"{runtime}/{rank}"
+    Path(os.environ["XDG_RUNTIME_DIR"]).mkdir(parents=True)
+    return save(rank, "fsdp", root, None)
+
+
 def load_on_nodes(rank: int, root: str, remote: str | None) -> Any:
     return load(rank, "fsdp", node_root(root, rank), remote)
 

@@ -20,12 +20,16 @@ from ckptstore.errors import CkptError, SaveFailedError, SaveTimeoutError, Trans
 from ckptstore.format.manifest import ShardManifest
 from ckptstore.store.handle import SaveHandle
 from ckptstore.store.relay import NodeRelay
+from ckptstore.store.shared_root import refuse_shared_root
 from ckptstore.types import CheckpointInfo
 
 log = logging.getLogger("ckptstore")
 
 #: What an agent needs from a trainer's environment to reach the buckets; nothing else is passed on.
-CREDENTIAL_PREFIXES = ("AWS_", "OSS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+CREDENTIAL_PREFIXES = (
+    "AWS_", "OSS_", "REQUESTS_CA_BUNDLE",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+)  # fmt: skip
 KEPT_HANDLES = 256
 #: How often a waiting store looks whether its agent is still there.
 FOLLOW_SECONDS = 1.0
@@ -105,7 +109,11 @@ class AgentLink:
         """Collective. Learn which ranks share an agent; each node's first rank speaks for it."""
         agent_ids = agreement.gather(self.client.agent_id, what="counting the nodes")
         self.topology = Topology.of(agent_ids, self._rank)
-        if self.topology.num_nodes > 1 and self._rank == self.topology.local_ranks[0]:
+        if self.topology.num_nodes == 1:
+            return
+        is_leader = self._rank == self.topology.local_ranks[0]
+        refuse_shared_root(self._root, self.topology.node, is_leader=is_leader, agreement=agreement)
+        if is_leader:
             self.relay = NodeRelay(
                 agreement.job_store(),
                 lambda: self.client,
