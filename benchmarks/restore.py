@@ -1,12 +1,16 @@
 """How long it takes to have a training state back, against the peers, in one run.
 
-    python benchmarks/restore.py [--mib 1536] [--rounds 3] [--only local,fresh,ranks,part,memory,delta]
+    python benchmarks/restore.py [--mib 1536] [--rounds 5] [--only local,warm,fresh,delta,part,memory,ranks]
+
+About ten minutes on two free cores.
 
 Genuine AdamW training state (weights and both moments after real steps), loaded into a model and optimizer that exist
 and have been stepped. In every round every contender runs once, in a shuffled order; figures are medians, ratios are of
 medians. *Cold*: the files' pages are dropped from the cache before. *Fresh node*: nothing local, all from a real S3
 server on loopback (SeaweedFS). Every byte we load is verified; stock formats are not. Bytes fetched are counted by a
-proxy in front of the server.
+proxy in front of the server. *Warm*: a trainer saved and was killed, its node's agent still holds the save in memory.
+
+The figures that count are printed at the end, and stand under ``figures`` in the results, with what they must be.
 
 ``s3torchconnector`` takes part if it is installed; it is no dependency of this project.
 """
@@ -22,8 +26,11 @@ import os
 import platform
 import random
 import shutil
+import signal
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -45,6 +52,7 @@ from ckptstore.repo.remote import RemoteTier
 from ckptstore.testing.s3_server import SeaweedServer
 
 RESULTS = Path(__file__).parent / "results" / "restore.json"
+_BOTO3, _CONNECTOR = "boto3 download of dcp.save's files", "s3torchconnector's reader"
 Load = Callable[[], object]
 #: (what must be done before, what is timed)
 Contender = tuple[Callable[[], object], Load]
@@ -140,7 +148,7 @@ class Bench:
     """One state, saved everywhere it will be loaded from."""
 
     def __init__(self, folder: Path, server: SeaweedServer, mib: int, rounds: int) -> None:
-        self.folder, self.server, self.rounds = folder, server, rounds
+        self.folder, self.server, self.mib, self.rounds = folder, server, mib, rounds
         self.local, self.url = folder / "store", server.url("bench")
         self.state = State(mib)
         self.stock = self.state.stock()
@@ -165,6 +173,12 @@ class Bench:
         from ckptstore.blob import open_blob_store
 
         return RemoteTier(open_blob_store(self.url), "default", "s3")
+
+    def load_warm(self, root: Path) -> None:
+        info = self.load(root, None, "latest")
+        sources = set(info.report.bytes_by_source)
+        if sources != {"arena"}:
+            raise RuntimeError(f"read from {sources}, not from the agent's memory alone")
 
     def stored_bytes(self, step: int, prefix: str = "") -> int:
         """Size of the frames a load of these tensors needs, bases of deltas among them."""
@@ -200,6 +214,39 @@ def local(bench: Bench) -> dict[str, Any]:
     return found
 
 
+#: A trainer that is killed right after its save is on the disk; its agent lives on.
+_TRAINER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from restore import State
+from ckptstore import CheckpointStore, StoreConfig
+store = CheckpointStore(sys.argv[2], config=StoreConfig(agent_idle_exit_seconds=600))
+store.save(State(int(sys.argv[3])).tree, 1, wait="local")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def warm(bench: Bench) -> dict[str, Any]:
+    """A restarted trainer reads from the memory of its node's agent; the peer from its files, cold."""
+    root = bench.folder / "warm"
+    here = str(Path(__file__).parent)
+    died = subprocess.run([sys.executable, "-c", _TRAINER, here, str(root), str(bench.mib)], check=False)
+    if died.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"the trainer ended with {died.returncode}")
+    theirs = bench.folder / "dcp"
+    try:
+        result = run(
+            {
+                "ckptstore": (nothing, lambda: bench.load_warm(root)),
+                "dcp.load": (lambda: drop_pages(theirs), bench.dcp_load),
+            },
+            bench.rounds,
+        )
+    finally:
+        subprocess.run([sys.executable, "-m", "ckptstore.cli", "-q", "agent", "stop", str(root)], check=False)
+    return {**result, "times_as_fast_as": ratios(result, "ckptstore", ["dcp.load"])}
+
+
 def fresh(bench: Bench) -> dict[str, Any]:
     """From S3, nothing local."""
     import boto3
@@ -226,7 +273,7 @@ def fresh(bench: Bench) -> dict[str, Any]:
 
     contenders: dict[str, Contender] = {
         "ckptstore": (nothing, lambda: bench.load(None, bench.url)),
-        "boto3 download of dcp.save's files": (clear, download),
+        _BOTO3: (clear, download),
     }
     try:
         from s3torchconnector import S3ClientConfig
@@ -243,7 +290,7 @@ def fresh(bench: Bench) -> dict[str, Any]:
 
         try:
             connector()
-            contenders["s3torchconnector's reader"] = (nothing, connector)
+            contenders[_CONNECTOR] = (nothing, connector)
         except Exception as error:
             print(f"s3torchconnector can't read from this server: {error}")
     result = run(contenders, bench.rounds)
@@ -285,7 +332,8 @@ def delta(bench: Bench) -> dict[str, Any]:
 def memory(bench: Bench) -> dict[str, Any]:
     """Resident memory at its peak during a load, above what the process had with the target in place."""
     found = {}
-    for name, where in (("local", (bench.local, None)), ("fresh node", (None, bench.url))):
+    places = {"local": (bench.local, None, 1), "fresh node": (None, bench.url, 1), "delta": (None, bench.url, 11)}
+    for name, where in places.items():
         for is_first in (True, False):
             gc.collect()
             Path("/proc/self/clear_refs").write_text("5")
@@ -337,12 +385,38 @@ def _rank(rank: int, url: str, mib: int, rendezvous: str, times: str) -> None:
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "local": local,
+    "warm": warm,
     "fresh": fresh,
     "delta": delta,
     "part": part,
     "memory": memory,
     "ranks": ranks,
 }
+
+
+_DCP = "dcp.load"
+_MIB = 1 << 20
+#: what: (part of the results that holds it, of how it follows from that part, what it must be, what it aims at)
+FIGURES: dict[str, tuple[str, Callable[[Any], float], float, float]] = {
+    "local, cold / dcp.load": ("local", lambda r: 1 / r["cold"]["times_as_fast_as"][_DCP], 1 / 1.6, 1 / 2.8),
+    "local, hot / dcp.load": ("local", lambda r: 1 / r["hot"]["times_as_fast_as"][_DCP], 1 / 2, 1 / 6),
+    "agent's memory / dcp.load cold": ("warm", lambda r: 1 / r["times_as_fast_as"][_DCP], 1 / 3, 1 / 8),
+    "fresh node / boto3 download": ("fresh", lambda r: 1 / r["times_as_fast_as"][_BOTO3], 1, 1 / 2),
+    "fresh node / s3torchconnector": ("fresh", lambda r: 1 / r["times_as_fast_as"].get(_CONNECTOR, 0), 1 / 1.6, 1 / 4),
+    "delta / full save": ("delta", lambda r: r["ratio"], 2, 1.5),
+    "bytes of 4 ranks / bytes of the checkpoint": ("ranks", lambda r: r["ratio"], 1.05, 1),
+    "bytes of the model alone / its bytes": ("part", lambda r: r["ratio"], 1.05, 1),
+    "extra memory, MiB": ("memory", lambda r: max(m["extra_bytes"] for m in r.values()) / _MIB, 256, 64),
+}
+
+
+def figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What was measured, against what it must be."""
+    found = {}
+    for name, (part_name, take, must, aim) in FIGURES.items():
+        with contextlib.suppress(KeyError, ZeroDivisionError):
+            found[name] = {"measured": round(take(results[part_name]), 3), "must": round(must, 3), "aim": round(aim, 3)}
+    return found
 
 
 @contextlib.contextmanager
@@ -357,7 +431,7 @@ def main() -> None:
     """Run and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=1536, help="size of the state")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run")
     parser.add_argument("--folder", type=Path, help="where to work; its disk is what is measured")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -376,6 +450,9 @@ def main() -> None:
             results[name] = PARTS[name](bench)
             print(name, json.dumps(results[name], indent=2))
         results["load_average"] = os.getloadavg()[0]
+        results["figures"] = figures(results)
+        for name, figure in results["figures"].items():
+            print(f"{name:45s}{figure['measured']:9.3f}   must {figure['must']:7.3f}   aim {figure['aim']:7.3f}")
     args.output.parent.mkdir(exist_ok=True)
     args.output.write_text(json.dumps(results, indent=2) + "\n")
 
