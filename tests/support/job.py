@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import json
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from ckptstore import CheckpointManager, StoreConfig
 
 
 def say(word: str, **facts: object) -> None:
-    print(word, json.dumps(facts), flush=True)
+    os.write(1, f"{word} {json.dumps(facts)}\n".encode())  # at once: two threads speak
 
 
 class Count(torch.optim.Optimizer):
