@@ -179,13 +179,14 @@ def test_requests_go_to_the_bucket_in_the_host_name_when_the_endpoint_is_public(
 
 
 def test_put_headers_say_how_to_keep_the_object_when_the_url_says_so(server: OSSServer, open_store: Open) -> None:
-    url = server.url() + "&storage_class=IA&sse=KMS&kms_key=abc-1&requester_pays=true"
+    url = server.url() + "&storage_class=IA&tags=team:nlp,project:x&sse=KMS&kms_key=abc-1&requester_pays=true"
     store = open_store(url, server.environ, single_put_bytes=5 * MIB, part_bytes=5 * MIB)
     store.put("small", BODY)
     stored = server.stored("small")
     assert stored is not None
     kept = {name: value for name, value in stored.headers.items() if name.startswith("x-oss-")}
     assert kept["x-oss-storage-class"] == "IA"
+    assert kept["x-oss-tagging"] == "team=nlp&project=x"
     assert kept["x-oss-server-side-encryption"] == "KMS"
     assert kept["x-oss-server-side-encryption-key-id"] == "abc-1"
     assert kept["x-oss-request-payer"] == "requester"
@@ -222,7 +223,7 @@ def test_abandoned_uploads_are_found_on_every_page_and_aborted_when_they_are_old
 def test_the_region_follows_from_the_endpoint_when_it_is_public() -> None:
     def region_of(url: str, **environ: str) -> tuple[str, str]:
         store = OSSBlobStore(parse_address(url), environ=environ)
-        return store._endpoint, store._region
+        return store._connection.endpoint, store._connection._region
 
     internal = "https://oss-cn-shanghai-internal.aliyuncs.com"
     assert region_of(f"oss://bkt?endpoint={internal}") == (internal, "cn-shanghai")

@@ -15,7 +15,7 @@ import pytest
 
 from ckptstore.blob.address import parse_address
 from ckptstore.blob.s3 import S3BlobStore
-from ckptstore.errors import ConfigError, CredentialsError, TransientError
+from ckptstore.errors import ConfigError, CredentialsError, StorageError, TransientError
 from ckptstore.testing.faults import FaultProxy, FlipBit, Rule
 from ckptstore.testing.s3_server import SeaweedServer
 
@@ -125,6 +125,70 @@ def test_put_headers_say_how_to_keep_the_object_when_the_url_says_so(
     list(store.list())
     store.delete(["small"])
     assert all(seen.headers["x-amz-request-payer"] == "requester" for seen in moto_proxy.seen)
+
+
+def test_objects_are_tagged_and_classed_on_the_server_when_the_url_says_so(
+    seaweed: SeaweedServer, open_store: Open
+) -> None:
+    url = seaweed.url("tagged") + "&tags=team:nlp,project:a%20b&storage_class=STANDARD_IA&sse=AES256"
+    store = open_store(url, dict(seaweed.environ), single_put_bytes=5 * MIB, part_bytes=5 * MIB)
+    store.put("small", BODY, if_absent=True)
+    store.put("large", bytes(6 * MIB))
+    client = store._connection._connected()
+    for key in ("small", "large"):
+        place = {"Bucket": seaweed.bucket, "Key": f"tagged/{key}"}
+        tags = {tag["Key"]: tag["Value"] for tag in client.get_object_tagging(**place)["TagSet"]}  # type: ignore[arg-type]
+        assert tags == {"team": "nlp", "project": "a b"}
+        found = client.head_object(**place)  # type: ignore[arg-type]
+        assert (found["StorageClass"], found["ServerSideEncryption"]) == ("STANDARD_IA", "AES256")
+    assert store.get("small") == BODY
+
+
+@pytest.mark.parametrize("how", ["env", "file"])
+def test_only_who_has_the_key_reads_when_it_is_the_customers(
+    seaweed: SeaweedServer, open_store: Open, tmp_path: Path, how: str
+) -> None:
+    key, environ = base64.b64encode(os.urandom(32)), dict(seaweed.environ)
+    (tmp_path / "key").write_bytes(key + b"\n")
+    place = "env:AWS_CKPT_KEY" if how == "env" else f"file:{tmp_path / 'key'}"
+    sized = {"single_put_bytes": 5 * MIB, "part_bytes": 5 * MIB}
+    url = seaweed.url(f"customer-{how}")
+    store = open_store(f"{url}&sse_c={place}", {**environ, "AWS_CKPT_KEY": key.decode()}, **sized)
+    large = os.urandom(6 * MIB)
+    store.put("small", BODY, if_absent=True)
+    store.put("large", large, if_absent=True)
+    assert store.get("small", start=3, length=5) == BODY[3:8]
+    assert store.get("large") == large
+    info = store.head("large")
+    assert info is not None
+    assert info.size_bytes == len(large)
+    with pytest.raises(StorageError):
+        open_store(url, environ).get("small")
+    other = open_store(f"{url}&sse_c=env:AWS_CKPT_KEY", {**environ, "AWS_CKPT_KEY": "x" * 32})
+    with pytest.raises(StorageError):
+        other.get("small")
+    assert key.decode() not in f"{store.url} {store!r} {store._kept!r}"
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "error"),
+    [
+        ("sse_c=AAAA", {}, ConfigError),
+        ("sse_c=env:HOME", {}, ConfigError),
+        ("sse_c=file:relative", {}, ConfigError),
+        ("sse_c=env:AWS_K&sse=AES256", {"AWS_K": "k" * 32}, ConfigError),
+        ("sse_c=env:AWS_K", {}, CredentialsError),
+        ("sse_c=env:AWS_K", {"AWS_K": "short"}, CredentialsError),
+        ("sse_c=file:/does/not/exist", {}, CredentialsError),
+        ("tags=alone", {}, ConfigError),
+        ("tags=a:", {}, ConfigError),
+    ],
+)
+def test_opening_fails_when_what_is_asked_for_is_not_to_be_had(
+    open_store: Open, options: str, environ: dict[str, str], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        open_store(f"s3://bucket/p?{options}", environ)
 
 
 def test_create_only_asks_first_when_the_server_has_no_conditions(

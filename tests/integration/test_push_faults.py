@@ -5,6 +5,7 @@ The letters and numbers are those of the cases each test covers.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 import uuid
@@ -267,7 +268,7 @@ def _empty(body: bytes) -> bytes:
     head, _, rest = body.partition(b"<Contents>")
     if not rest:
         return body
-    return (head + rest.rpartition(b"</Contents>")[2]).replace(b"<KeyCount>1<", b"<KeyCount>0<")
+    return re.sub(rb"<KeyCount>[0-9]+<", b"<KeyCount>0<", head + rest.rpartition(b"</Contents>")[2])
 
 
 def test_saves_are_sent_whole_when_the_listing_of_commits_is_stale(bench: Bench) -> None:
@@ -281,26 +282,41 @@ def test_saves_are_sent_whole_when_the_listing_of_commits_is_stale(bench: Bench)
     bench.assert_restores(second)
 
 
+def parts_of_two_nodes(bench: Bench, step: int) -> tuple[tuple[LocalTier, Path], tuple[LocalTier, Path]]:
+    """A save of two ranks whose parts are on different disks, prepared on each."""
+    path = bench.write(step, world_size=2)
+    other = LocalTier(bench.tier.root.parent / "other")
+    twin = shutil.copytree(path, other.root / "default" / path.name)
+    for folder, rank in ((path, 1), (twin, 0)):
+        (folder / f"shard-{rank:05d}.json").unlink()
+        (folder / "manifest.json").unlink()
+    return (bench.tier, path), (other, twin)
+
+
 def test_the_commit_comes_later_when_the_listing_of_shards_is_stale(bench: Bench) -> None:
-    path = bench.write(1)
+    (here, path), (there, twin) = parts_of_two_nodes(bench, 1)
+    assert push(there, twin, "default", bench.remote(), config=CONFIG).committed is None
     bench.proxy.add(Rule(EditReply(_empty), method="GET", path="prefix=[^&]*shards", nth=[1]))
     assert bench.push(path).committed is None
     assert bench.committed() == []
     assert bench.push(path).committed is not None
     bench.proxy.clear()
     events: list[Event] = []
-    second = bench.write(2)
+    (here, _), (there, twin) = parts_of_two_nodes(bench, 2)
+    push(there, twin, "default", bench.remote(), config=CONFIG)
     bench.proxy.add(Rule(EditReply(_empty), method="GET", path="prefix=[^&]*shards", nth=[1, 2]))
-    uploader = Uploader(
-        bench.tier, "default", "s3", bench.url, bench.environ, CONFIG, events.append, lambda root: None, SYSTEM_CLOCK
-    )
+    uploader = Uploader(here, "default", "s3", bench.url, bench.environ, CONFIG, events.append, ignore, SYSTEM_CLOCK)
     try:
-        until(uploader.is_settled)
+        until(lambda: events and uploader.is_settled())
     finally:
         uploader.stop()
         uploader.join(10)
     assert [(event.kind, event.step) for event in events] == [("remote", 2)]
-    bench.assert_restores(second)
+    assert bench.committed() == [1, 2]
+
+
+def ignore(root: object) -> None:
+    del root
 
 
 @pytest.mark.parametrize("fault", [Reply(500, "InternalError"), CutReply(150), Reply(403, "AccessDenied")], ids=str)

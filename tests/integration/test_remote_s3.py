@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from ckptstore.blob import BlobStore, open_blob_store
+from ckptstore.blob.address import parse_address
+from ckptstore.blob.s3 import S3BlobStore
 from ckptstore.clock import new_nonce
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CkptError, CredentialsError, IntegrityError, NoStoreError
@@ -215,3 +217,29 @@ def test_missing_bucket_and_bad_credentials_stop_at_once(server: SeaweedServer, 
     environ = dict(server.environ) | {"AWS_SECRET_ACCESS_KEY": "wrong"}
     with pytest.raises(CredentialsError):
         RemoteTier(open_blob_store(server.url("x"), environ=environ), "default", "s3").saves()
+
+
+def test_nothing_is_overwritten_when_the_bucket_is_locked(server: SeaweedServer, tier: LocalTier) -> None:
+    """Object lock with a default retention: every document and pack has one version, whatever happened on its way."""
+    store = S3BlobStore(parse_address(server.url().replace(server.bucket, "locked")), environ=dict(server.environ))
+    with store._connection.request("prepare", "") as client:
+        client.create_bucket(Bucket="locked", ObjectLockEnabledForBucket=True)
+        rule = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
+        client.put_object_lock_configuration(
+            Bucket="locked",
+            ObjectLockConfiguration={"ObjectLockEnabled": "Enabled", "Rule": rule},  # type: ignore[typeddict-item]
+        )
+    remote = RemoteTier(store, "default", "s3")
+    paths = [written(tier, state_of(step), step=step) for step in (1, 2)]
+    for path in (paths[0], paths[0], paths[1]):  # the second time it is only looked over
+        assert push(tier, path, "default", remote, config=CONFIG).committed is not None
+    remote.claim_timeline(1, b"{}")
+    with store._connection.request("look", "") as client:
+        listed = client.list_object_versions(Bucket="locked")["Versions"]
+        again = {one["Key"].split("/")[2] for one in listed if not one["IsLatest"] and one["Key"].startswith("runs/")}
+        assert again <= {"intents", "news"}
+        assert client.head_object(Bucket="locked", Key=listed[0]["Key"])["ObjectLockMode"] == "COMPLIANCE"
+    fresh = LocalTier(tier.root.parent / "fresh")
+    fresh.create()
+    assert contents(pull(remote, remote.saves()[1], fresh)) == contents(paths[1])
+    store.close()

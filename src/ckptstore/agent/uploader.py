@@ -15,13 +15,14 @@ import random
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from ckptstore.agent.arena import libc
-from ckptstore.agent.pace import Pace, cap_at, pack_bytes
+from ckptstore.agent.line import RemoteLine
 from ckptstore.agent.pending import Upload, dropped_there, left_out, may_leave_out, remote_rules
 from ckptstore.agent.protocol import Event
+from ckptstore.agent.sending import order, send, trim_memory, uploaded
 from ckptstore.clock import Clock, parse_rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CkptError, ConfigError, CredentialsError, NoStoreError, TransientError
@@ -31,8 +32,6 @@ from ckptstore.repo.local import LocalSave, LocalTier
 
 if TYPE_CHECKING:
     from ckptstore.blob.retry import Retry
-    from ckptstore.blob.throttle import Throttle
-    from ckptstore.repo.progress import Progress
     from ckptstore.repo.remote import RemoteTier
 
 log = logging.getLogger("ckptstore.agent")
@@ -41,8 +40,6 @@ MAX_PAUSE_SECONDS = 60.0
 #: After a refusal: somebody has to do something, and may do it without telling us.
 REFUSED_PAUSE_SECONDS = 300.0
 MAX_POLL_SECONDS = 15.0
-#: Of the saves that one refers to, so many are told.
-MAX_TOLD_BASES = 16
 
 
 class Uploader:
@@ -73,10 +70,8 @@ class Uploader:
         self.name = name
         self.url = url
         self.last_remote: Summary | None = None
-        self.on_retry: Callable[[Retry], None] | None = None
-        """Hears of requests that are tried again, for metrics."""
         self._tier = tier
-        self._environ = environ
+        self._line = RemoteLine(tier, run, name, url, environ, clock)
         self._config = config
         self._emit = emit
         self._completed = completed
@@ -84,11 +79,7 @@ class Uploader:
         self._condition = threading.Condition()
         self._uploads: dict[str, Upload] = {}
         self._committed: set[str] | None = None
-        self._claimed: set[int] = set()
         self._skipped: set[str] = set()
-        self._remote: RemoteTier | None = None
-        self._throttle: Throttle | None = None
-        self._pace = Pace()
         self._deadline: float | None = None
         self._news = 1
         """Counts the reasons to look at the local tier; ``_seen`` of them have led to ``_uploads``."""
@@ -107,6 +98,15 @@ class Uploader:
 
     # ------------------------------------------------------------------ called by others
 
+    @property
+    def on_retry(self) -> Callable[[Retry], None] | None:
+        """Hears of requests that are tried again, for metrics."""
+        return self._line.on_retry
+
+    @on_retry.setter
+    def on_retry(self, hears: Callable[[Retry], None] | None) -> None:
+        self._line.on_retry = hears
+
     def notify(self) -> None:
         """The local tier has a new save."""
         with self._condition:
@@ -118,9 +118,7 @@ class Uploader:
     def refresh(self, environ: Mapping[str, str], config: StoreConfig) -> None:
         """A trainer attached: use its credentials, also in requests under way, and try everything again now."""
         with self._condition:
-            self._environ.update(environ)
-            for name in set(self._environ) - set(environ):
-                del self._environ[name]
+            self._line.replace_environ(environ)
             self._config = config
             self._news += 1
             self._is_reopened = True
@@ -172,10 +170,10 @@ class Uploader:
             created = [u.save.summary.created_at for u in queue if u.save.summary is not None]
             ages = [(now - parse_rfc3339(text)).total_seconds() for text in created]
             error = self._error
-            rate = self._pace.sent_bytes_per_s
-            cap = cap_at(self._config, now.astimezone())
+            rate = self._line.pace.sent_bytes_per_s
+            cap = self._line.cap(self._config)
             plain_left, waiting = sum(u.plain_left for u in queue), sum(u.waiting_bytes for u in queue)
-            seconds_left = self._pace.seconds_for(plain_left, waiting, cap)
+            seconds_left = self._line.pace.seconds_for(plain_left, waiting, cap)
             return {
                 "rate_bytes_per_s": None if rate is None else round(rate),
                 "cap_bytes_per_s": cap,
@@ -254,26 +252,27 @@ class Uploader:
             self._begun = self._news
             is_reopened, self._is_reopened = self._is_reopened, False
         if is_reopened:
-            if self._remote is not None:
-                self._remote.blob.close()
-            self._remote, self._committed = None, None
+            self._line.hang_up()
+            self._committed = None
             self._skipped.clear()
         if self._seen < self._begun:
             self._derive_local()
         if self._uploads and self._committed is None:
-            self._ask_remote(self._open())
+            self._ask_remote(self._line.remote(self._config))
         self._leave_out()
         now = self._clock.monotonic()
         due = [upload for upload in self._uploads.values() if upload.due <= now]
         if due:
-            self._work_on(self._open(), max([u for u in due if self._fits(u)] or due, key=attrgetter("age")))
+            self._work_on(
+                self._line.remote(self._config), max([u for u in due if self._fits(u)] or due, key=attrgetter("age"))
+            )
 
     def _fits(self, upload: Upload) -> bool:
         """Whether this save can be finished before the deadline, if there is one and the pace is known."""
         if self._deadline is None:
             return True
-        cap = cap_at(self._config, self._clock.now().astimezone())
-        seconds = self._pace.seconds_for(upload.plain_left, upload.waiting_bytes, cap)
+        cap = self._line.cap(self._config)
+        seconds = self._line.pace.seconds_for(upload.plain_left, upload.waiting_bytes, cap)
         return seconds is None or self._clock.monotonic() + seconds <= self._deadline
 
     def _is_cut_short(self, upload: Upload) -> bool:
@@ -299,27 +298,12 @@ class Uploader:
         save = upload.save
         if upload.attempts:
             with suppress(CkptError):
-                self._open().forget_intent(save.save_id)
+                self._line.remote(self._config).forget_intent(save.save_id)
         with self._condition:
             del self._uploads[save.save_id]
             self._skipped.add(save.save_id)
         log.info("save %s of %s, step %d, is not sent to %s: %s", save.save_id, self.run, save.step, self.name, reason)
         self._emit(Event("skipped", save.save_id, save.step, {"remote": self.name, "reason": reason}))
-
-    def _open(self) -> RemoteTier:
-        if self._remote is None:
-            from ckptstore.blob import open_blob_store
-            from ckptstore.blob.throttle import Throttle
-            from ckptstore.repo.remote import RemoteTier
-
-            self._throttle = Throttle(cap_at(self._config, self._clock.now().astimezone()), clock=self._clock)
-            blob = open_blob_store(self.url, environ=self._environ, throttle=self._throttle, on_retry=self._retried)
-            self._remote = RemoteTier(blob, self.run, self.name)
-        return self._remote
-
-    def _retried(self, retry: Retry) -> None:
-        if self.on_retry is not None:
-            self.on_retry(retry)
 
     def _derive_local(self) -> None:
         """Pending is what the local tier has and the remote hasn't; nothing else is remembered."""
@@ -359,9 +343,9 @@ class Uploader:
         save = upload.save
         try:
             if upload.pushed_at is None:
-                self._claim_timeline(remote, save)
-                self._learn_timelines(remote)
-                root = self._push(remote, upload)
+                self._line.claim_timeline(save.summary)
+                self._line.learn_timelines()
+                root = self._push(upload)
             else:
                 root = remote.try_commit(save.save_id, upload.shards or ())
                 self._poll_later(upload)
@@ -380,52 +364,17 @@ class Uploader:
             upload.due = self._clock.monotonic() + REFUSED_PAUSE_SECONDS
             self._report(upload, error)
 
-    def _push(self, remote: RemoteTier, upload: Upload) -> RootManifest | None:
-        from ckptstore.repo.upload import push
+    def _push(self, upload: Upload) -> RootManifest | None:
+        def going() -> None:
+            self._away_since = None
 
-        def note(progress: Progress) -> None:
-            upload.progress = progress
-            self._pace.note(self._clock.monotonic(), progress.plain_done, progress.sent_bytes)
-            if progress.sent_bytes:
-                self._away_since = None
-            self._apply_cap()
-
-        cap = self._apply_cap()
-        self._pace.begin(self._clock.monotonic())
-        upload.attempts += 1
-        upload.state = "uploading"
-        result = push(
-            self._tier,
-            upload.save.path,
-            self.run,
-            remote,
-            config=self._config.model_copy(update={"pack_bytes": pack_bytes(self._config, cap)}),
-            progress=note,
-            cancelled=lambda: self._is_cut_short(upload),
+        is_cut_short = partial(self._is_cut_short, upload)
+        root = send(
+            upload, self._tier, self._line, lambda: self._config, self._clock, is_cut_short=is_cut_short, going=going
         )
-        upload.sent_bytes += result.sent_bytes
-        upload.stored_bytes = max(upload.stored_bytes, result.stored_bytes)
-        upload.details = {
-            "reused_bytes": result.reused_bytes,
-            "by_codec": {name: list(sizes) for name, sizes in result.bytes_by_codec.items()},
-            "rests_on": list(result.rests_on[-MAX_TOLD_BASES:]),
-        }
-        upload.progress = None
-        if result.is_cancelled:
-            upload.state = "queued"
-        elif result.committed is None:
-            upload.state = "waiting"
-            upload.shards = self._tier.shard_manifests_present(upload.save.path)
-            upload.pushed_at = self._clock.monotonic()
+        if upload.state == "waiting":
             self._poll_later(upload)
-        return result.committed
-
-    def _apply_cap(self) -> float | None:
-        """The cap of this time of day, in force from now on."""
-        cap = cap_at(self._config, self._clock.now().astimezone())
-        if self._throttle is not None:
-            self._throttle.limit(cap)
-        return cap
+        return root
 
     def _poll_later(self, upload: Upload) -> None:
         upload.due = self._clock.monotonic() + upload.poll_seconds
@@ -440,61 +389,11 @@ class Uploader:
             if self._committed is not None:
                 self._committed.add(summary.save_id)
             self._uploads.pop(summary.save_id, None)
-            if self.last_remote is None or _order(self.last_remote) <= _order(summary):
+            if self.last_remote is None or order(self.last_remote) <= order(summary):
                 self.last_remote = summary
-        log.info(
-            "save %s of %s, step %d, is on %s: %d bytes sent, %d stored",
-            *(summary.save_id, self.run, summary.step, self.name, upload.sent_bytes, upload.stored_bytes),
-            extra={
-                "run": self.run,
-                "step": summary.step,
-                "save_id": summary.save_id,
-                "remote": self.name,
-                "event": "uploaded",
-                "bytes": upload.sent_bytes,
-            },
-        )
-        self._emit(
-            Event(
-                "remote",
-                summary.save_id,
-                summary.step,
-                {
-                    "remote": self.name,
-                    "stored_bytes": upload.stored_bytes,
-                    "sent_bytes": upload.sent_bytes,
-                    **upload.details,
-                    "summary": summary.model_dump(mode="json"),
-                },
-            )
-        )
+        self._emit(uploaded(upload, summary, self.run, self.name))
         if not self._uploads:
-            _trim_memory()
-
-    def _learn_timelines(self, remote: RemoteTier) -> None:
-        """Note claims of other machines in the local tier, where this node's trainers look. Best effort."""
-        try:
-            known = self._tier.timelines(self.run)
-            for number in remote.known_timelines():
-                if number > max(known, default=0) and (record := remote.timeline_record(number)) is not None:
-                    self._tier.claim_timeline(self.run, number, record)
-        except CkptError as error:
-            log.warning("can't look for newer jobs of %s on %s: %s", self.run, self.name, error)
-
-    def _claim_timeline(self, remote: RemoteTier, save: LocalSave) -> None:
-        """Let other machines know that this timeline is taken. Best effort: saves never collide, whoever has it."""
-        if save.summary is None or save.summary.timeline in self._claimed:
-            return
-        number = save.summary.timeline
-        self._claimed.add(number)
-        record = self._tier.timeline_record(self.run, number)
-        if record is None:
-            return
-        try:
-            if not remote.claim_timeline(number, record):
-                log.warning("timeline %d of %s is somebody else's on %s", number, self.run, self.name)
-        except CkptError as error:
-            log.warning("can't claim timeline %d of %s on %s: %s", number, self.run, self.name, error)
+            trim_memory()
 
 
 def brief(summary: Summary | None) -> dict[str, Any] | None:
@@ -504,17 +403,7 @@ def brief(summary: Summary | None) -> dict[str, Any] | None:
     return {"save_id": summary.save_id, "step": summary.step, "created_at": summary.created_at}
 
 
-def _order(summary: Summary) -> tuple[int, int]:
-    return summary.timeline, summary.step
-
-
 def _back_off(failures: int, error: CkptError) -> float:
     wanted = error.context.get("retry_after_s")
     least = float(wanted) if isinstance(wanted, (int, float)) else 0.0
     return max(least, min(MAX_PAUSE_SECONDS, 2.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1.0))  # noqa: S311
-
-
-def _trim_memory() -> None:
-    """Give freed pack buffers back to the system: an idle agent is small."""
-    with suppress(AttributeError, OSError):
-        libc().malloc_trim(0)

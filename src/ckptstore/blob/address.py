@@ -66,6 +66,13 @@ class Address:
             return False
         raise self.refuse(f"has {name}={value}", hint="use true or false")
 
+    def tags(self, name: str) -> dict[str, str]:
+        """The parameter as tags, ``name:value`` each, with commas in between."""
+        found = dict(part.partition(":")[::2] for part in self.params.get(name, "").split(",") if part)
+        if not found or not all(found) or not all(found.values()):
+            raise self.refuse(f"has {name}={self.params.get(name)}", hint=f"write {name}=team:nlp,project:x")
+        return found
+
     def refuse(self, what: str, *, hint: str | None = None, **context: Any) -> ConfigError:
         """A ConfigError about this URL."""
         return ConfigError(f"the store URL {self.url} {what}", hint=hint, url=self.url, **context)

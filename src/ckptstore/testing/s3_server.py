@@ -71,8 +71,7 @@ class SeaweedServer:
         self._ports: list[int] = []
         self._has_bucket = False
         self._release = threading.Event()
-        self._access_key = f"demo{secrets.token_hex(8)}"
-        self._secret_key = secrets.token_hex(20)
+        self._new_credentials()
 
     @property
     def endpoint(self) -> str:
@@ -138,6 +137,15 @@ class SeaweedServer:
         """Start again on the same data and port."""
         self.kill()
         self._start()
+
+    def rotate(self) -> None:
+        """Start again with other credentials, in ``environ`` from now on; the old ones are unknown."""
+        self._new_credentials()
+        self.restart()
+
+    def _new_credentials(self) -> None:
+        self._access_key = f"demo{secrets.token_hex(8)}"
+        self._secret_key = secrets.token_hex(20)
 
     def _start(self) -> None:
         for _ in range(3):

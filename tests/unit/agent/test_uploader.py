@@ -257,6 +257,19 @@ def test_rate_and_time_left_are_told_when_capped(tier: LocalTier, start: Start) 
     assert made.describe()["eta_seconds"] == 0
 
 
+def test_the_cap_of_the_hour_is_in_force_when_there_is_a_schedule(tier: LocalTier, start: Start) -> None:
+    """And the next attachment's schedule takes over in the middle of an upload."""
+    save_of(tier, 1, rows=120_000)  # 30 MB
+    made, events = start(f"mem://{new_nonce()}", StoreConfig(upload_schedule=(("00:00", 1e6),)))
+    until(lambda: [one["state"] for one in made.describe()["queue"]] == ["uploading"])
+    assert made.describe()["cap_bytes_per_s"] == 1e6
+    assert not events
+    made.refresh({}, StoreConfig(upload_schedule=(("00:00", None),)))
+    until(made.is_settled)
+    assert made.describe()["cap_bytes_per_s"] is None
+    assert told(events) == [("remote", 1)]
+
+
 def test_what_can_be_finished_goes_first_when_time_is_short(tier: LocalTier, start: Start) -> None:
     url = f"mem://{new_nonce()}"
     save_of(tier, 1, rows=16_000)  # 4 MB: teaches the pace

@@ -10,6 +10,9 @@ Parameters of the URL, all optional::
     storage_class  STANDARD, STANDARD_IA, INTELLIGENT_TIERING, ...
     sse            AES256 | aws:kms | aws:kms:dsse: encryption at rest
     kms_key        key id or ARN, for sse=aws:kms
+    sse_c          env:AWS_NAME | file:/abs/path: where a key of your own is, 32 bytes or their base64; every request
+                   sends it, nobody keeps it, and without it nothing can be read. Amazon takes it over https only
+    tags           team:nlp,project:x: tags of each object
     checksum       auto | md5 | crc32 | none: what guards a body on its way. auto: a CRC for Amazon, MD5 for all others,
                    since each of them checks it; crc32 takes a fifth of the time where the server checks that as well
     conditional_put  false: the server ignores or rejects If-None-Match

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from ckptstore._version import __version__
 from ckptstore.blob.address import Address
+from ckptstore.blob.proxies import proxies_of
 from ckptstore.blob.refusals import Refusal
 from ckptstore.errors import CkptError, ConfigError, CredentialsError, TransientError
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _CONNECT_TIMEOUT_S = 10
+#: What servers say to keys that are not valid, or no more.
+_UNKNOWN = ("InvalidAccessKeyId",)
 #: Endpoints that know virtual-hosted addressing only (Alibaba, Tencent, Volcano).
 _VIRTUAL_ONLY = (".aliyuncs.com", ".myqcloud.com", ".volces.com")
 
@@ -45,6 +48,7 @@ class S3Connection:
         self._lock = threading.Lock()
         self._client: S3Client | None = None
         self._retired: list[S3Client] = []
+        self._used = self._keys()
         #: A request has succeeded, so the bucket exists.
         self.has_succeeded = False
 
@@ -89,8 +93,9 @@ class S3Connection:
             said = error.response.get("Error", {})
             metadata = error.response.get("ResponseMetadata", {})
             code, status = str(said.get("Code", "")), int(metadata.get("HTTPStatusCode", 0))
-            if code == "InvalidAccessKeyId" and self._is_temporary():
-                code = "ExpiredToken"  # some servers know an expired session token no more than an invented one
+            if code in _UNKNOWN and (self._is_temporary() or self._used != self._keys()):
+                # Some servers know an expired session token no more than an invented one; and there may be others.
+                code = "ExpiredToken"
             refusal = self.refusal(what, key, code, status, said.get("Message", ""), metadata.get("HTTPHeaders"))
             return refusal.error()
         if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)):
@@ -157,6 +162,7 @@ class S3Connection:
     def _connected(self) -> S3Client:
         with self._lock:
             if self._client is None:
+                self._used = self._keys()
                 self._client = self._connect()
             return self._client
 
@@ -203,7 +209,6 @@ class S3Connection:
         from botocore.config import Config
 
         is_amazon = endpoint is None or _is_amazon(endpoint)
-        is_loopback = endpoint is not None and urlsplit(endpoint).hostname in ("localhost", "127.0.0.1", "::1")
         checksums: Literal["when_supported", "when_required"] = "when_supported" if is_amazon else "when_required"
         config = Config(
             connect_timeout=_CONNECT_TIMEOUT_S,
@@ -216,7 +221,7 @@ class S3Connection:
                 # The checksum header is signed and covers the body: no need to hash it again for the signature.
                 **({} if is_amazon or self._checksum == "none" else {"payload_signing_enabled": False}),
             },
-            proxies={} if is_loopback else None,
+            proxies=self._proxies(endpoint),
             request_checksum_calculation=checksums,
             response_checksum_validation=checksums,
             user_agent_extra=f"ckptstore/{__version__}",
@@ -227,6 +232,13 @@ class S3Connection:
         if not is_amazon:
             client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
         return client
+
+    def _proxies(self, endpoint: str | None) -> dict[str, str] | None:
+        """None: those of the process."""
+        host = (urlsplit(endpoint).hostname or "") if endpoint is not None else "s3.amazonaws.com"
+        if host in ("localhost", "127.0.0.1", "::1"):
+            return {}
+        return None if self._environ is None else proxies_of(self._environ, host)
 
     def _addressing_of(self, endpoint: str | None) -> Literal["path", "virtual", "auto"]:
         if self._addressing != "auto" or endpoint is None or _is_amazon(endpoint):
@@ -251,6 +263,11 @@ class S3Connection:
     def _shown_endpoint(self) -> str:
         endpoint = self._endpoint()
         return urlsplit(endpoint)._replace(query="").geturl().rpartition("@")[2] if endpoint else "Amazon S3"
+
+    def _keys(self) -> tuple[str | None, ...]:
+        """The credentials that the environment holds at present."""
+        given = os.environ if self._environ is None else self._environ
+        return tuple(given.get(f"AWS_{name}") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"))
 
     def _is_temporary(self) -> bool:
         given = os.environ if self._environ is None else self._environ
