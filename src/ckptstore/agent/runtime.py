@@ -2,7 +2,7 @@
 
 Everything is in a node-private directory of the user (``$XDG_RUNTIME_DIR/ckptstore``, else
 ``<tmp>/ckptstore-<uid>``), never in the root, which may be on a shared file system. Each root has a folder there, named
-by a hash of its real path::
+by a hash of its file system and real path::
 
     agent.lock    flock held by the one agent for its whole life
     spawn.lock    flock held by the trainer that starts it, so that sixteen ranks start one process, not sixteen
@@ -117,7 +117,17 @@ class RuntimeDir:
 
 
 def _key(root: Path) -> str:
-    return hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]
+    """Names this root among all that processes with this temp folder may mean.
+
+    Containers may share a temp folder, host name, boot and pids, and each have a disk of its own under one path: so the
+    file system counts too. It is that of the nearest folder that exists, which stays the same when the root is made.
+    """
+    path = os.path.realpath(root)
+    above = path
+    while not os.path.exists(above) and above != os.path.dirname(above):
+        above = os.path.dirname(above)
+    device = os.stat(above).st_dev
+    return hashlib.sha256(os.fsencode(f"{device}:{path}")).hexdigest()[:16]
 
 
 def _bases(environ: Mapping[str, str]) -> list[Path]:

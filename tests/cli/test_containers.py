@@ -1,4 +1,4 @@
-"""`ckptctl run` as the first process of a container: a PID namespace, all of which dies with it."""
+"""Containers, as far as the kernel goes: namespaces of their own for pids and mounts, all of which die together."""
 
 from __future__ import annotations
 
@@ -44,6 +44,42 @@ def has_namespaces() -> bool:
     if shutil.which("unshare") is None:
         return False
     return subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
+
+
+#: Says what its store holds after a save, and stays, its agent with it, until it is told to go.
+ONE_SAVE = """
+import sys
+import torch
+from ckptstore import CheckpointStore
+
+store = CheckpointStore(sys.argv[1])
+step = int(sys.argv[2])
+store.save({"w": torch.full((4,), float(step))}, step).wait("local")
+print([info.step for info in store.checkpoints()], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.root
+def test_containers_with_equal_names_pids_and_temp_folder_keep_to_their_own_disks(tmp_path: Path) -> None:
+    if not has_namespaces():
+        pytest.skip("PID namespaces can't be made here")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = tmp_path / "save.py"
+    script.write_text(ONE_SAVE)
+    inside = f"mount -t tmpfs none {disk} && exec {command()[0]} {script} {disk}/ckpt"
+    started = [
+        subprocess.Popen(
+            [*NAMESPACE, "--mount", "sh", "-c", f"{inside} {step}"],
+            env=clean(TMPDIR=str(tmp_path)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for step in (1, 2)
+    ]  # fmt: skip
+    said = [process.stdout.readline() for process in started if process.stdout is not None]
+    for process in started:
+        process.communicate(timeout=60)
+    assert said == ["[1]\n", "[2]\n"]
 
 
 @pytest.mark.root
