@@ -347,6 +347,10 @@ def test_curves_reach_a_summary_writer(tmp_path: Path) -> None:
     assert points["ckptstore/save_stall_seconds"] == [1]
     assert points["ckptstore/local_step"] == [1]
     assert points["ckptstore/local_lag_seconds"] == [1]
+    with manager(tmp_path, summary_writer=Writer()).track(w=torch.zeros(1)) as m:
+        m.resume()
+        m.step(2)
+    assert points["ckptstore/load_local_bytes"] == [1], "and what a load took, by source"
 
 
 @pytest.mark.parametrize(("answer", "step"), [("", 8), ("y", 8), ("4", 4), ("n", 0), ("5\ny", 8)])

@@ -386,4 +386,5 @@ class CheckpointManager:
         self.point = point
         if point.info is not None:
             info = point.info
+            self._scalars.loaded(info)
             self._voice.say(f"resumed step {info.step} ({resuming.source(info)}, {resuming.age(info.created_at)})")

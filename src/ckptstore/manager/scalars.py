@@ -1,4 +1,4 @@
-"""Stall, lag and durable step as curves, for whoever draws the loss already."""
+"""Stall, lag, durable step and the sources of a load as curves, for whoever draws the loss already."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from typing import Any, Protocol
 
 from ckptstore.store import SaveHandle
+from ckptstore.types import CheckpointInfo
 
 
 class SummaryWriter(Protocol):
@@ -31,6 +32,12 @@ class Scalars:
         self._add("ckptstore/save_stall_seconds", stall_s, handle.step)
         for level in ("local", *handle.remotes):
             handle.before(level, lambda info, level=level: self._reached(level, info.step, clock() - begun))  # type: ignore[misc]
+
+    def loaded(self, info: CheckpointInfo) -> None:
+        """Take note of where a load took its bytes from."""
+        if self._writer is not None and info.report is not None:
+            for source, size_bytes in info.report.bytes_by_source.items():
+                self._add(f"ckptstore/load_{source}_bytes", float(size_bytes), info.step)
 
     def flush(self) -> None:
         """Hand over what has been collected."""
