@@ -29,6 +29,9 @@ class Proof:
         self._tier = LocalTier(store.local) if store.local is not None else None
         self._run, self._limit_s, self._clock = store.run, limit_s, clock
         self._places = frozenset(store.remotes) or frozenset({LOCAL})
+        remote = next(iter(store.remotes.values()), None)
+        what = f"drill -s {store.local} --remote '{remote}'" if remote else f"verify -s {store.local} --read-data"
+        self._command = f"ckptctl {what} --run {store.run}"
         self._since = clock.now()  # a job gets this long before it is reminded
         self._reminded: datetime | None = None
 
@@ -56,7 +59,9 @@ class Proof:
         self._reminded = now
         where = "" if self._places == {LOCAL} else f" from {' or '.join(sorted(self._places))}"
         when = f"was {human_seconds((now - last).total_seconds())} ago" if last is not None else "never happened"
-        return f"the last verified restore of run {self._run!r}{where} {when}: `ckptctl drill` tries one beside the job"
+        return (
+            f"the last verified restore of run {self._run!r}{where} {when}: `{self._command}` tries one beside the job"
+        )
 
     def _good(self) -> list[dict[str, str]]:
         found = history.verified(self._tier, self._run) if self._tier is not None else []

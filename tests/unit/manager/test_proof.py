@@ -41,7 +41,7 @@ def test_it_is_said_once_per_period_that_no_restore_was_tried(tier: LocalTier, t
     clock.sleep(6.9 * DAY)
     assert proof.reminder() is None
     clock.sleep(0.2 * DAY)
-    assert "never happened: `ckptctl drill`" in (proof.reminder() or "")
+    assert f"never happened: `ckptctl verify -s {tmp_path} --read-data --run default`" in (proof.reminder() or "")
     assert proof.reminder() is None
     clock.sleep(7 * DAY)
     assert proof.reminder() is not None
@@ -68,7 +68,8 @@ def test_only_bytes_of_a_remote_count_where_there_is_one(tier: LocalTier, tmp_pa
     clock.sleep(8 * DAY)
     for sources in ({"local": 10}, {"local": 10, "s3": 3}, {"arena": 1}, {}):
         proof.restored(loaded(info(tier), **sources))
-    assert "from s3 never happened" in (proof.reminder() or "")
+    said = proof.reminder() or ""
+    assert f"from s3 never happened: `ckptctl drill -s {tmp_path} --remote 'mem://x' --run default`" in said
     clock.sleep(7 * DAY)
     proof.restored(loaded(info(tier), s3=10))
     assert proof.reminder() is None
