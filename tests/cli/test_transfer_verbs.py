@@ -150,37 +150,40 @@ def test_torch_is_not_imported_unless_the_format_needs_it(made: Path, tmp_path: 
     assert "PyTorch" in refused.err
 
 
-#: Restores, counting what it reads of packs, and dies by SIGKILL at the n-th read.
+#: Restores, counting what it reads of packs, and sends itself a signal at the n-th read.
 _DYING = """
 import os, signal, sys
 from ckptstore.blob.local import LocalBlobStore
 from ckptstore.cli import main
-read, limit, count = LocalBlobStore.get, int(sys.argv[1]), 0
+read, limit, number, count = LocalBlobStore.get, int(sys.argv[1]), int(sys.argv[2]), 0
 def get(self, key, **options):
     global count
     count += key.endswith(".pack")
-    if count > limit:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if count == limit and key.endswith(".pack"):
+        os.kill(os.getpid(), number)
     return read(self, key, **options)
 LocalBlobStore.get = get
 try:
-    main(sys.argv[2:])
+    main(sys.argv[3:])
 finally:
     print(count)
 """
 
 
 @pytest.mark.crash
-def test_restore_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+def test_restore_goes_on_where_it_was_killed_or_stopped(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/bucket"
     with CheckpointStore(tmp_path / "store", url, config=StoreConfig(pack_bytes=1 << 20)) as store:
         state: dict[str, Any] = {f"t{i}": torch.rand(1 << 18) for i in range(12)}
         store.save({"model": state}, 1)
     target = tmp_path / "target"
     arguments = ["restore", url, "--to", str(target), "--json"]
-    assert [run_python("-c", _DYING, limit, *arguments).code for limit in (1, 6)] == [-signal.SIGKILL] * 2
+    assert run_python("-c", _DYING, 2, int(signal.SIGKILL), *arguments).code == -signal.SIGKILL
+    stopped = run_python("-c", _DYING, 6, int(signal.SIGINT), *arguments)
+    assert stopped.code == 130, "Ctrl-C"
+    assert stopped.err.strip() == "ckptctl: interrupted"
     assert CheckpointStore(target).checkpoints() == [], "half a checkpoint is none"
-    done = run_python("-c", _DYING, 1000, *arguments)
+    done = run_python("-c", _DYING, 1000, 0, *arguments)
     assert done.code == 0, done.err
     packs = list((tmp_path / "bucket").rglob("*.pack"))
     assert 0 < int(done.out.splitlines()[-1]) < len(packs), "what was there is not fetched again"

@@ -209,6 +209,27 @@ def test_nothing_that_list_does_not_need_is_imported_by_it(folder: Path) -> None
     assert done.code == 0, done.err
 
 
+_LOGGING = """
+import logging, sys
+from ckptstore.cli import main
+from ckptstore.cli.verbs import list_
+
+look = list_.list_checkpoints
+
+def told(*args, **more):
+    logging.getLogger("ckptstore").info("looked")
+    return look(*args, **more)
+
+list_.list_checkpoints = told
+main(sys.argv[1:])
+"""
+
+
+def test_verbose_tells_on_stderr_what_is_logged(folder: Path) -> None:
+    assert run_python("-c", _LOGGING, "list", folder / "store").err == ""
+    assert run_python("-c", _LOGGING, "-v", "list", folder / "store").err == "INFO ckptstore: looked\n"
+
+
 def test_show_timing_tells_where_the_time_went(folder: Path) -> None:
     text = ckptctl("-s", folder / "store", "show", "200", "--timing")
     assert text.code == 0

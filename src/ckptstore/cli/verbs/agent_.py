@@ -11,6 +11,7 @@ from ckptstore.cli.output import note, plain, print_json
 from ckptstore.cli.queues import queue_line
 from ckptstore.errors import ConfigError, NotFoundError
 from ckptstore.ops.open import is_url
+from ckptstore.ops.words import counted
 
 UNIT = """\
 # ~/.config/systemd/user/ckptstore-agent.service
@@ -99,7 +100,7 @@ def _running(settings: Settings, root: Path, action: str, timeout_s: float) -> i
     elif action == "stop":
         note("stopped" if is_stopped else "it is still finishing its work, and leaves then")
     else:
-        print(f"pid {status['pid']}, up {status['uptime_seconds']:.0f} s, {status['trainers']} trainers")
+        print(f"pid {status['pid']}, up {status['uptime_seconds']:.0f} s, {counted(status['trainers'], 'trainer')}")
         for name, run in status["runs"].items():
             for remote, said in run["remotes"].items():
                 print(queue_line(name, remote, said))
