@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from ckptstore._version import __version__
 from ckptstore.agent import cpus
-from ckptstore.agent.jobs import Attachment, RunJobs
+from ckptstore.agent.job import Attachment
+from ckptstore.agent.jobs import RunJobs
 from ckptstore.agent.protocol import (
     MAX_FDS,
     PROTOCOL,

@@ -10,12 +10,11 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from ckptstore.agent.arena import Generation, Slot, State
+from ckptstore.agent.arena import Slot, State
 from ckptstore.agent.disk import Abandoned
+from ckptstore.agent.job import Attachment, Part, SaveJob, Stage, Watcher, check_seal
 from ckptstore.agent.protocol import Event, SealRequest
 from ckptstore.agent.runtime import RuntimeDir
 from ckptstore.agent.uploader import Uploader, brief
@@ -24,7 +23,6 @@ from ckptstore.clock import Clock, parse_rfc3339, rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CheckpointNotFoundError, CkptError, ConfigError, SaveFailedError, StorageError
 from ckptstore.format.manifest import RootManifest, Summary, canonical
-from ckptstore.format.stock import Layout, PieceSpec
 from ckptstore.repo import commit, journal, names, timings
 from ckptstore.repo.local import LocalTier
 
@@ -37,72 +35,6 @@ log = logging.getLogger("ckptstore.agent")
 SENT_NOTES = ("sent_bytes", "stored_bytes", "reused_bytes", "by_codec", "rests_on")
 #: Dropped saves remembered, so that a rank that seals late is told why.
 _REMEMBERED = 256
-
-
-@dataclass(eq=False)
-class Attachment:
-    """One rank's connection.
-
-    Attributes:
-        is_gone: whether its process has ended, so that nothing of it writes into the arena any more.
-        rank: learned from its seals unless it was told.
-    """
-
-    run: str
-    slot: Slot
-    send: Callable[[Event], None]
-    is_gone: Callable[[], bool]
-    rank: int | None = None
-    last: tuple[str, int] | None = None
-    """save_id and step of its last seal."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A sealed generation and what it holds."""
-
-    request: SealRequest
-    generation: Generation
-    layout: Layout
-    pieces: tuple[PieceSpec, ...]
-
-
-class Stage(str, Enum):
-    """Of a save that is not durable yet."""
-
-    GATHERING = "gathering"
-    WRITING = "writing"
-
-
-@dataclass(eq=False)
-class SaveJob:
-    """One save between its first seal and its commit."""
-
-    save_id: str
-    step: int
-    shape: tuple[object, ...]
-    local_ranks: tuple[int, ...]
-    begun: float
-    stage: Stage = Stage.GATHERING
-    parts: dict[int, Part] = field(default_factory=dict)
-    abandoned: str | None = None
-
-    @property
-    def missing(self) -> list[int]:
-        return [rank for rank in self.local_ranks if rank not in self.parts]
-
-
-class Watcher(Protocol):
-    """Hears of everything that happens to saves, for metrics. Must not block or raise."""
-
-    def event(self, run: str, event: Event) -> None:
-        """Trainers are told this."""
-
-    def written(self, run: str, ranks: Mapping[str, Mapping[str, float]], timing: Mapping[str, float]) -> None:
-        """A part is on disk: seconds by rank and stage, and by stage of this node."""
-
-    def retried(self, op: str, reason: str) -> None:
-        """A request to a remote is about to be tried again."""
 
 
 class RunJobs:
@@ -283,7 +215,7 @@ class RunJobs:
             ConfigError: the request contradicts itself, the layout, or what other ranks said.
             SaveFailedError: the save was dropped meanwhile; the generation is free again.
         """
-        self._check(request)
+        check_seal(self.run, request)
         with self._condition:
             who.slot.check_owner(who)
             generation = who.slot.filling(index)
@@ -320,21 +252,6 @@ class RunJobs:
 
     def _is_lost(self, slot: Slot | None) -> bool:
         return slot is not None and slot.owner is None and slot.index in self._lost_slots
-
-    def _check(self, request: SealRequest) -> None:
-        names.check_save_id(request.save_id)
-        ranks = request.local_ranks
-        if request.rank not in ranks or len(set(ranks)) != len(ranks) or max(ranks) >= request.world_size:
-            raise ConfigError(f"rank {request.rank} is not one of the local ranks {list(ranks)}")
-        if request.num_nodes == 1 and len(ranks) != request.world_size:
-            raise ConfigError(f"on one node all {request.world_size} ranks are local, not {list(ranks)}")
-        summary = request.summary
-        if (summary is None) != (request.rank != 0):
-            raise ConfigError("rank 0, and no other, seals with the summary")
-        if summary is not None and (summary.run, summary.save_id, summary.step, summary.world_size) != (
-            self.run, request.save_id, request.step, request.world_size,
-        ):  # fmt: skip
-            raise ConfigError(f"the summary sealed with save {request.save_id} is another save's")
 
     def _drop(self, job: SaveJob, error: CkptError) -> CkptError:
         """Forget a save that isn't durable, and say so. Hold the condition. Returns the error."""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptstore._version import __version__
 from ckptstore.agent.connection import Connection, peer_pid
-from ckptstore.agent.jobs import RunJobs, Watcher
+from ckptstore.agent.job import Watcher
+from ckptstore.agent.jobs import RunJobs
 from ckptstore.agent.protocol import PROTOCOL
 from ckptstore.agent.runtime import RuntimeDir, listen
 from ckptstore.clock import SYSTEM_CLOCK, Clock, new_nonce

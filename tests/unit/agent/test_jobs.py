@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from ckptstore.agent.arena import State
-from ckptstore.agent.jobs import Attachment, RunJobs
+from ckptstore.agent.job import Attachment
+from ckptstore.agent.jobs import RunJobs
 from ckptstore.agent.protocol import Event, SealRequest, layout_id_of
 from ckptstore.agent.runtime import RuntimeDir
 from ckptstore.clock import ManualClock
