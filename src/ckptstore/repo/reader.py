@@ -328,8 +328,10 @@ class CheckpointReader:
         image = self._images.get(rank)
         if image is None or chunk.offset + chunk.size_bytes > len(image):
             return False
-        with memoryview(image) as view:
-            out[:] = view[chunk.offset : chunk.offset + chunk.size_bytes]
+        import numpy as np  # assigning to a memoryview would keep other threads from copying too
+
+        with memoryview(image) as view, view[chunk.offset : chunk.offset + chunk.size_bytes] as there:
+            np.copyto(np.frombuffer(out, np.uint8), np.frombuffer(there, np.uint8))
         return digest(out) == chunk.digest
 
     def _try_local(self, rank: int, chunk: Chunk, out: memoryview, failures: Failures) -> bool:
