@@ -13,6 +13,7 @@ import pytest
 
 from ckptstore.agent import uploader
 from ckptstore.agent.protocol import Event
+from ckptstore.agent.line import RemoteLine
 from ckptstore.agent.uploader import Uploader
 from ckptstore.blob import open_blob_store
 from ckptstore.clock import SYSTEM_CLOCK, new_nonce
@@ -327,10 +328,10 @@ def test_what_the_remotes_retention_has_dropped_is_not_sent_again(tier: LocalTie
 def test_a_remote_that_is_away_for_too_long_is_no_reason_to_stay(
     tier: LocalTier, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(self: Uploader) -> None:
+    def away(self: RemoteLine, config: StoreConfig) -> None:
         raise TransientError("nobody answers")
 
-    monkeypatch.setattr(Uploader, "_open", away)
+    monkeypatch.setattr(RemoteLine, "remote", away)
     save(tier, 1)
     patient, _ = start("mem://x", StoreConfig(upload_give_up_seconds=3600))
     until(lambda: patient.describe()["error"])
