@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from ckptstore.agent import uploader
-from ckptstore.agent.protocol import Event
 from ckptstore.agent.line import RemoteLine
+from ckptstore.agent.protocol import Event
 from ckptstore.agent.uploader import Uploader
 from ckptstore.blob import open_blob_store
 from ckptstore.clock import SYSTEM_CLOCK, new_nonce
