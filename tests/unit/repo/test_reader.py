@@ -399,6 +399,25 @@ class TestBatches:
         assert len(wanted) > 4 * len(packs)
         assert len(gets) == len(packs), "one ranged GET per pack: all of its frames are neighbours"
 
+    @pytest.mark.parametrize("others", [1, 2], ids=["one base each", "one base for two"])
+    def test_deltas_are_decoded_where_they_go_when_their_bases_come_along(self, house: House, others: int) -> None:
+        weights = np.random.default_rng(1).normal(size=(4, 1 << 14)).astype(np.float32)
+        names = [f"w{i}" for i in range(others)]
+        for step, shift in ((8, 0.0), (9, 1e-5)):
+            state = {name: weights * np.float32(1 + shift * (i + 1)) for i, name in enumerate(names)}
+            path = write_checkpoint(house.tier, state, step=step, world_size=1)
+            push(house.tier, path, "default", house.remotes[0], config=CONFIG)
+        document = house.remotes[0].find_shard(path.name.split("-", 2)[2], 0)
+        assert document is not None
+        bases = [document.frames[row[0]].base for row in document.chunks]
+        assert len(bases) == others
+        assert len(set(bases)) == 1
+        assert None not in bases
+        with house.open(local=False, remotes=1) as reader:
+            wanted, buffers = batch_of(reader)
+            assert set(reader.read_batch(wanted)) == {"s3"}
+        assert {name: b"".join(parts) for name, parts in buffers.items()} == expected(state)
+
     def test_only_the_damaged_chunks_are_fetched_when_the_rest_is_local(self, house: House) -> None:
         house.flip_local("layer1.weight", rank=1)
         house.flip_local("layer3.weight", rank=0)
