@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as stock_dcp
 from fidelity_jobs import (
     RowScaled,
     ddp_buffers,
@@ -15,9 +16,11 @@ from fidelity_jobs import (
     load_sharded_wrappers,
     load_tables,
     own_values,
+    pipeline,
     row_scaled,
     save_sharded_wrappers,
     save_tables,
+    stage,
     two_tensor,
     wrappers,
 )
@@ -100,3 +103,49 @@ def test_wrapper_tensors_inside_dtensors_are_resharded_part_by_part(tmp_path: Pa
     CheckpointStore(root).load(plain)
     assert type(plain["rows"]) is RowScaled
     assert_same({"rows": row_scaled(), "two": two_tensor()}, plain)
+
+
+STAGES = ((0, 1), (2, 3))
+
+
+@pytest.fixture(scope="module")
+def saved_by_stages(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = str(tmp_path_factory.mktemp("pipeline") / "store")
+    assert run_ranks(2, pipeline, root, "save", STAGES) == [None, None]
+    return root
+
+
+class TestPipeline:
+    """Ranks that have different layers under the same key: what is stored is the whole model."""
+
+    @pytest.mark.parametrize(
+        "stages", [STAGES, ((2, 3), (0, 1)), ((0,), (1, 2), (3,))], ids=["the same", "swapped", "three"]
+    )
+    def test_each_stage_gets_its_own_layers_back(
+        self, saved_by_stages: str, stages: tuple[tuple[int, ...], ...]
+    ) -> None:
+        results = run_ranks(len(stages), pipeline, saved_by_stages, "load", stages)
+        assert results == [(True, float(rank % 2)) for rank in range(len(stages))]
+
+    def test_one_process_gets_the_whole_model(self, saved_by_stages: str) -> None:
+        (layers, optimizer), (wanted, stepped) = stage((0, 1, 2, 3), 0.0), stage((0, 1, 2, 3), 1.0)
+        CheckpointStore(saved_by_stages).load({"model": layers, "opt": optimizer})
+        assert_same(dict(wanted.state_dict()), dict(layers.state_dict()))
+        assert_same(stepped.state_dict(), optimizer.state_dict())
+        back = CheckpointStore(saved_by_stages).read()
+        assert list(back["model"]) == list(wanted.state_dict())
+        assert back["opt"]["param_groups"][0]["params"] == [name for name, _ in wanted.named_parameters()]
+        folder = next(Path(saved_by_stages).rglob(".metadata")).parent
+        target = {"model": {name: torch.zeros_like(t) for name, t in wanted.state_dict().items()}}
+        stock_dcp.load(target, checkpoint_id=folder, no_dist=True)
+        assert_same(dict(wanted.state_dict()), target["model"])
+
+    def test_layers_that_no_rank_has_are_unexpected(self, saved_by_stages: str) -> None:
+        for unexpected in run_ranks(2, pipeline, saved_by_stages, "load", ((0, 1), (2,))):
+            assert {name.rpartition(".")[0] for name in unexpected} >= {"model.3", "opt.state.3"}
+            assert not [name for name in unexpected if ".2." in name or ".0." in name]
+
+    def test_what_only_another_rank_has_elsewhere_is_refused_by_key(self, saved_by_stages: str) -> None:
+        for message, steps in run_ranks(2, pipeline, saved_by_stages, "refused", STAGES):
+            assert "deep.x" in message
+            assert steps == [1]

@@ -295,3 +295,44 @@ def load_sharded_wrappers(rank: int, root: str) -> Any:
     for name, tensor in state.items():
         assert_same(wanted[name].to_local(), tensor.to_local(), f"{name} on rank {rank}")
     return state["rows"].to_local().data_.data_ptr() == before
+
+
+def stage(numbers: tuple[int, ...], value: float) -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
+    """Some layers of a pipeline, with their own names, and an optimizer of theirs."""
+    layers = nn.ModuleDict({str(i): nn.Linear(2, 3 + i) for i in numbers})
+    with torch.no_grad():
+        for name, parameter in layers.named_parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape) + value * (1 + int(name[0])))
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=0.1)
+    for parameter in layers.parameters():
+        parameter.grad = parameter.detach() + 1
+    if value:
+        optimizer.step()
+    return layers, optimizer
+
+
+def pipeline(rank: int, root: str, mode: str, stages: tuple[tuple[int, ...], ...], strict: bool = True) -> Any:
+    """Each rank has layers of its own in the same module; each ties two of its own values."""
+    layers, optimizer = stage(stages[rank], 1.0 if mode == "save" else 0.0)
+    mine = torch.full((3,), float(rank))
+    state: dict[str, Any] = {"model": layers, "opt": optimizer, "n": 1, "mine": per_rank([mine, mine])}
+    with CheckpointStore(root, config=QUICK) as store:
+        if mode == "save":
+            store.save(state, 1, wait="local")
+            return None
+        if mode == "refused":
+            state["deep"] = {"x": {"own": torch.ones(1)} if rank else {}}
+            try:
+                store.save(state, 2)
+            except TypeError as error:
+                return str(error), [info.step for info in store.checkpoints()]
+        state["mine"] = per_rank(None)
+        try:
+            store.load(state, strict=strict)
+        except KeyError as error:
+            return error.context["unexpected"]  # type: ignore[attr-defined]
+        wanted, stepped = stage(stages[rank], 1.0)
+        assert_same(dict(wanted.state_dict()), dict(layers.state_dict()))
+        assert_same(stepped.state_dict(), optimizer.state_dict())
+        a, b = state["mine"].value
+        return a.data_ptr() == b.data_ptr(), a[0].item()

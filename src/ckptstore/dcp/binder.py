@@ -89,7 +89,7 @@ class Binding:
         tensors: one entry for each distinct piece of memory, in a stable order.
         locals: the live local tensors, same indices; valid until training changes them.
         tree: encoded state, tensors by name, to be stored by rank 0.
-        fragments: ids of the nodes of ``tree`` that are nothing but names of tensors.
+        fragments: the nodes of ``tree`` that are nothing but names of tensors, by their place.
         per_rank: the values marked ``per_rank`` as one encoded tree by key; None if there are none.
         aliases: tied name -> the name whose memory it shares.
         fingerprint: changes when and only when the structure does; other ranks' differ where their boxes do.
@@ -99,7 +99,7 @@ class Binding:
     tensors: tuple[BoundTensor, ...]
     locals: list[torch.Tensor]
     tree: Json
-    fragments: frozenset[int]
+    fragments: Mapping[str, Json]
     per_rank: Json | None
     aliases: dict[str, str]
     fingerprint: bytes
@@ -107,7 +107,8 @@ class Binding:
 
     def outline(self) -> Any:
         """``tree`` without its fragments: the values that should agree between ranks."""
-        return {name: _without(self.tree[name], self.fragments) for name in ("version", "tree")}
+        fragments = frozenset(map(id, self.fragments.values()))
+        return {name: _without(self.tree[name], fragments) for name in ("version", "tree")}
 
 
 def _without(node: Any, fragments: frozenset[int]) -> Any:
@@ -164,7 +165,7 @@ class Binder:
             tensors=self._kept,
             locals=locals_,
             tree=with_views(encoded, {self._kept[i].name: view for i, view in self._views.items()}),
-            fragments=walk.fragment_ids,
+            fragments=walk.fragments,
             per_rank=own,
             aliases=self._aliases,
             fingerprint=self._fingerprint,

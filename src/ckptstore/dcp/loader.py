@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from ckptstore.dcp import union
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.filler import Filler
 from ckptstore.dcp.pause import no_collections
 from ckptstore.dcp.sharing import Readers
 from ckptstore.dcp.stored import ChunkSource
 from ckptstore.dcp.target import Matched, Matcher, Slot
-from ckptstore.errors import CkptError, LoadMismatchError
+from ckptstore.errors import CkptError, LoadMismatchError, SaveFailedError
 from ckptstore.types import LoadReport
 
 _LISTED = 20
@@ -62,12 +63,20 @@ def load_into(
     try:
         matcher = Matcher(state, source, rank=rank, only=only, rename=rename, strict=strict)
         matched = matcher.match()
-        error = _mismatch(matched, strict=strict)
         filler = Filler(source, matched.slots, agreement=ranks, readers=readers)
-        if error is None:
-            filler.plan()
     except CkptError as refused:
         error = refused
+    try:
+        unexpected = union.unexpected(matched.unexpected if error is None else [], ranks, source.tree)
+        if error is None:
+            matched.unexpected = unexpected
+            error = _mismatch(matched, strict=strict)
+        if error is None and filler is not None:
+            filler.plan()
+    except SaveFailedError:
+        raise
+    except CkptError as refused:
+        error = error or refused
     ranks.together(error, what="comparing the target with the checkpoint")
     assert matcher is not None
     assert filler is not None

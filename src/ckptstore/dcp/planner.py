@@ -6,8 +6,8 @@ A plan depends on the structure alone, so it is made once and kept until some ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,6 +52,8 @@ class Plan:
         replicas: for each set of ranks that hold the same boxes, this rank's indexes of them, whether or not it writes
             them; in the same order on all ranks. Sets without this rank have no indexes.
         world_bytes: plain bytes of all pieces of all ranks.
+        extra: name of each tensor that rank 0 lacks -> a rank that has it.
+        aliases: tied name -> the name whose memory it shares, of all ranks.
     """
 
     pieces: tuple[PieceSpec, ...]
@@ -60,6 +62,8 @@ class Plan:
     key: int
     replicas: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     world_bytes: int = 0
+    extra: Mapping[str, int] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
 
 def plan(binding: Binding, agreement: Agreement | None = None) -> Plan:
@@ -112,7 +116,21 @@ def plan_of(everyone: Sequence[Announced], rank: int, binding: Binding) -> Plan:
         key=_key(holders, first, everyone),
         replicas=tuple((ranks, tuple(members)) for ranks, members in sorted(sets.items())),
         world_bytes=sum(claim.size_bytes for claim in claims.values()),
+        extra=_extra(everyone),
+        aliases={name: target for _, aliases in everyone for name, target in aliases.items()},
     )
+
+
+def _extra(everyone: Sequence[Announced]) -> dict[str, int]:
+    first = {claim.name for claim in everyone[0][0]} | everyone[0][1].keys()
+    extra: dict[str, int] = {}
+    for rank, (announced, aliases) in enumerate(everyone):
+        own = {claim.name for claim in announced if claim.kind == "per_rank"}
+        names = [claim.name for claim in announced] + [name for name, target in aliases.items() if target not in own]
+        for name in names:
+            if name not in first and name not in own:
+                extra.setdefault(name, rank)
+    return extra
 
 
 def _key(holders: dict[BoxKey, list[int]], first: dict[str, tuple[int, Claim]], everyone: Sequence[Announced]) -> int:

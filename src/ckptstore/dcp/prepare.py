@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.binder import Binder, Binding
 from ckptstore.dcp.planner import Plan, plan
 from ckptstore.dcp.replicas import Mode, ReplicaCheck
+from ckptstore.dcp.union import joined, with_joined
 from ckptstore.errors import CkptError, SaveFailedError
+from ckptstore.format.manifest import Json
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Preparer:
         self._check = check_replicas
         self._binder = Binder(rank=agreement.rank)
         self._plan: Plan | None = None
+        self._union: dict[str, Json] = {}
         self._replicas: ReplicaCheck | None = None
 
     def prepare(
@@ -91,7 +94,12 @@ class Preparer:
                 break
             assert binding is not None
             self._plan = None
-            self._plan = plan(binding, self._agreement)
+            made = plan(binding, self._agreement)
+            self._union = {}
+            if made.extra:
+                everyone = self._agreement.gather(dict(binding.fragments), what="joining the states of the ranks")
+                self._union = joined(everyone, made.extra)
+            self._plan = made
             self._replicas = ReplicaCheck(binding, self._plan, self._agreement.rank, self._check)
             is_new_plan = True
         assert binding is not None
@@ -99,6 +107,10 @@ class Preparer:
         if outcome.unequal_sets:
             assert self._replicas is not None
             self._replicas.explain(binding, self._agreement, outcome.unequal_sets, counter)
+        if self._agreement.rank == 0 and len(self._plan.aliases) > len(binding.aliases):
+            binding = replace(binding, aliases=self._plan.aliases)
+        if self._agreement.rank == 0 and self._union:
+            binding = replace(binding, tree=with_joined(binding.tree, binding.fragments, self._union))
         raised = frozenset(name.removeprefix("user.") for name in outcome.raised if name.startswith("user."))
         return Prepared(binding, self._plan, is_new_plan, raised)
 

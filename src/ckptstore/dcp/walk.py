@@ -41,7 +41,6 @@ class Walk:
 
     Attributes:
         names, tensors, kinds: what was found, in order; tied names appear once each.
-        fragment_ids: ids of the encoded nodes that hold nothing but names of tensors.
         slow_path: why some module had to be asked for its state dict.
         has_composites: some tensor was taken apart.
 
@@ -81,8 +80,9 @@ class Walk:
             self._suffix = ""
 
     @property
-    def fragment_ids(self) -> frozenset[int]:
-        return frozenset(map(id, self._used.values()))
+    def fragments(self) -> Mapping[str, Json]:
+        """The encoded nodes that hold nothing but names of tensors, by dotted path."""
+        return self._used
 
     def entries_of(self, module: nn.Module) -> modules.ModuleEntries:
         """The module's tensors, walked once per pass."""

@@ -57,10 +57,12 @@ __all__ = [
     "is_known",
     "is_registered",
     "iter_leaves",
+    "joined",
     "register_type",
     "subtrees",
     "tensor_names",
     "views",
+    "with_joined",
     "with_views",
 ]
 
@@ -69,6 +71,8 @@ VERSION = 1
 #: Classes a file may name: all that are loaded, those of a list of ``module:qualname``, those a function allows.
 Trusted = Literal["loaded"] | Collection[str] | Callable[[type], bool]
 
+#: What may stand beside the tree itself.
+_NOTES = {"views", "joined"}
 #: Tags of references to tensors.
 _NAMED = ("tensor", "array")
 
@@ -174,6 +178,23 @@ def views(tree: Json) -> dict[str, View]:
     return {name: View(view[0], view[1], tuple(view[2:])) for name, view in noted.items()}
 
 
+def with_joined(tree: Json, places: Collection[str]) -> Json:
+    """The tree that also says below which dotted places it is the states of several ranks joined, as of a pipeline."""
+    return {**tree, "joined": list(places)}
+
+
+def joined(tree: Json) -> list[str]:
+    """What :func:`with_joined` noted.
+
+    Raises:
+        FormatError: damaged.
+    """
+    places = tree.get("joined", []) if type(tree) is dict else []
+    if type(places) is not list or not all(type(place) is str for place in places):
+        raise FormatError("state tree: what is said of joined states is damaged")
+    return list(places)
+
+
 def tensor_names(tree: Json) -> list[str]:
     """Names of the tensors a tree refers to, in its order, each once."""
     names: dict[str, None] = {}
@@ -261,7 +282,7 @@ def _in_order(node: Json) -> list[Any]:
 
 
 def _root(tree: Json) -> Any:
-    if type(tree) is not dict or tree.keys() - {"views"} != {"version", "tree"} or type(tree["version"]) is not int:
+    if type(tree) is not dict or tree.keys() - _NOTES != {"version", "tree"} or type(tree["version"]) is not int:
         raise FormatError("state tree: this is not one")
     if tree["version"] > VERSION:
         raise FormatError(
