@@ -83,7 +83,12 @@ class VerbGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.group(
+    cls=VerbGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+    subcommand_metavar="VERB ...",
+)
 @shared_options
 def cli(**_: Any) -> None:
     """Look after checkpoints: where each one is, whether it is whole, and how to get it back.
@@ -95,7 +100,7 @@ def cli(**_: Any) -> None:
       ckptctl -s /data/ckpt --json status
 
     STORE is a local root or a remote URL (s3://, oss://, file://). Without one, CKPTSTORE_LOCAL and
-    CKPTSTORE_REMOTE are used.
+    CKPTSTORE_REMOTE are used. STEP is a number, latest, latest~2, best, best:METRIC, best:METRIC:max, or a save id.
     """
 
 

@@ -126,7 +126,7 @@ def store_argument(function: F) -> F:
 
 
 #: What STEP may be; a folder of such a name is written ``./1200``.
-_STEP = re.compile(r"[0-9]{1,18}|latest(~[0-9]+)?|best|[0-9a-f]{12}-[0-9]{1,9}")
+_STEP = re.compile(r"[0-9]{1,18}|latest(~[0-9]+)?|best(:.+)?|[0-9a-f]{12}-[0-9]{1,9}")
 
 
 def store_and_step(function: F) -> F:

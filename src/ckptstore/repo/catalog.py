@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ckptstore.repo.remote import RemoteTier
 
 _LATEST = re.compile(r"latest(?:~([0-9]{1,9}))?")
+_BEST = re.compile(r"best(?::(.+?))?(?::(min|max))?")
 _DIGITS = re.compile(r"[0-9]{1,18}")
 
 
@@ -135,16 +136,32 @@ class Catalog:
                 best = sign * value, record
         return best[1] if best else None
 
+    def only_loss(self) -> str:
+        """The one metric of the current line whose name ends in "loss".
+
+        Raises:
+            ConfigError: there is none, or there are several.
+        """
+        known = sorted({name for record in self.line() for name in record.summary.metrics})
+        losses = [name for name in known if name.endswith("loss")]
+        if len(losses) != 1:
+            raise ConfigError(
+                f"which metric is best? {len(losses) or 'none'} of them end in 'loss'",
+                hint=f'say "best:METRIC" or "best:METRIC:max"; the metrics are {", ".join(known) or "none"}',
+            )
+        return losses[0]
+
     def resolve(self, step: StepLike, monitor: str | None = None, mode: str | None = None) -> Record:
         """The save that ``step`` names: an int, ``"latest"``, ``"latest~2"``, ``"best"``, digits, or a save_id.
 
         Args:
             step: Steps find saves of the current line only; a save_id finds superseded ones too.
-            monitor: Metric for ``"best"``.
-            mode: ``"min"`` or ``"max"``, for ``"best"``.
+            monitor: Metric for ``"best"``, where the word itself doesn't name one (``"best:val/loss"``); None: the one
+                whose name ends in "loss".
+            mode: ``"min"`` or ``"max"``, for ``"best"`` (``"best:accuracy:max"``); None: the former.
 
         Raises:
-            ConfigError: it can't be parsed, or ``"best"`` lacks ``monitor`` or ``mode``.
+            ConfigError: it can't be parsed, or it is not clear which metric ``"best"`` is about.
             CheckpointNotFoundError: nothing of this name; the message tells what is nearest.
             IncompleteCheckpointError: a save_id whose parts are not all there.
             IntegrityError: the save is there, but damaged in every tier that has it; or all saves of the run are.
@@ -157,9 +174,8 @@ class Catalog:
             return self._by_id(step)
         if (match := _LATEST.fullmatch(step)) is not None:
             return self._back(int(match[1] or 0))
-        if step == "best":
-            if monitor is None or mode is None:
-                raise ConfigError('"best" needs a metric', hint='say which: monitor="val/loss", mode="min"')
+        if (match := _BEST.fullmatch(step)) is not None:
+            monitor, mode = match[1] or monitor or self.only_loss(), match[2] or mode or "min"
             found = self.best(monitor, mode)
             if found is None:
                 self._refuse_if_all_damaged()

@@ -369,7 +369,7 @@ class CheckpointStore:
             ConfigError: no or several metrics end in "loss" and none was named.
         """
         catalog = self._open_tiers().catalog()
-        record = catalog.best(monitor or _only_loss(catalog), mode or "min") if catalog.line() else None
+        record = catalog.best(monitor or catalog.only_loss(), mode or "min") if catalog.line() else None
         return record.info() if record else None
 
     def pin(self, step: StepLike) -> None:
@@ -532,16 +532,6 @@ class CheckpointStore:
             except (TransientError, SaveTimeoutError) as error:
                 log.warning("the node agent is still writing earlier saves: %s", error)
         agreement.together(None, what="waiting for earlier saves")
-
-
-def _only_loss(catalog: Catalog) -> str:
-    names = {name for record in catalog.line() for name in record.summary.metrics}
-    losses = sorted(name for name in names if name.endswith("loss"))
-    if len(losses) != 1:
-        raise ConfigError(
-            f"which metric is best? {len(losses)} of them end in 'loss'", hint=f"pass monitor=, one of {sorted(names)}"
-        )
-    return losses[0]
 
 
 __all__ = ["CheckpointNotFoundError", "CheckpointStore", "name_remotes"]

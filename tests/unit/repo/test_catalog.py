@@ -454,9 +454,20 @@ def test_best_is_the_newest_of_the_best_numbers(catalog: Catalog) -> None:
         catalog.resolve("best", "accuracy", "max")
     with pytest.raises(ConfigError):
         catalog.best("loss", "lowest")
-    for incomplete in ({}, {"monitor": "loss"}, {"mode": "min"}):
-        with pytest.raises(ConfigError):
-            catalog.resolve("best", **incomplete)
+
+
+def test_best_names_its_metric_or_takes_the_only_loss(catalog: Catalog, tier: LocalTier) -> None:
+    assert catalog.resolve("best").step == 30
+    assert catalog.resolve("best:loss").step == 30
+    assert catalog.resolve("best:loss:max").step == catalog.resolve("best", mode="max").step == 0
+    with pytest.raises(CheckpointNotFoundError, match="accuracy"):
+        catalog.resolve("best:accuracy:max")
+    for counter in (1, 2):
+        write_save(tier, "two", counter, save_id(counter), metrics={"train/loss": 1.0, "val/loss": 1.0 / counter})
+    two = Catalog.read(tier, [], "two")
+    assert two.resolve("best:val/loss").step == 2
+    with pytest.raises(ConfigError, match="2 of them end in 'loss'"):
+        two.resolve("best")
 
 
 def test_infinities_are_ordered_as_numbers_when_they_are_metrics(tier: LocalTier) -> None:
