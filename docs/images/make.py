@@ -72,7 +72,7 @@ class Run:
             self.tier, self.state, run=self.name, step=step, save_id=save_id, world_size=2, told=told, **fields
         )
         ranks = {str(rank): {"reserve": 0.002, "plan": 0.01, "copy": 0.21 + 0.05 * rank} for rank in range(2)}
-        timings.note(self.tier, self.name, save_id, {"ranks": ranks, "write": 0.62, "commit": 0.05})
+        timings.note(self.tier, self.name, save_id, {"ranks": ranks, "write": 0.62, "fsync": 0.21, "commit": 0.05})
         if pushed:
             done = push(self.tier, path, self.name, self.remote, config=StoreConfig())
             timings.note(self.tier, self.name, save_id, {"remote file": {"lag": 2.4, **done.notes()}})

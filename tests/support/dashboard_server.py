@@ -137,7 +137,12 @@ def write_run(folder: Path, run: str, saves: int, *, pushed: int | None = None, 
             save_id=save_id,
             extras={"loss_history": [4.0 / (i + 1) for i in range(number * 5)], **extras},
         )
-        timings.note(tier, run, save_id, {"ranks": {"0": {"reserve": 0.01, "copy": 0.2}}, "write": 0.5, "commit": 0.1})
+        timings.note(
+            tier,
+            run,
+            save_id,
+            {"ranks": {"0": {"reserve": 0.01, "copy": 0.2}}, "write": 0.5, "fsync": 0.2, "commit": 0.1},
+        )
         if pushed is None or number <= pushed:
             result = push(tier, path, run, remote, config=StoreConfig())
             timings.note(tier, run, save_id, {"remote file": {"lag": 2.0, **result.notes()}})

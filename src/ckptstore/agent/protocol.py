@@ -49,7 +49,7 @@ class Event:
     - ``prepared``: this node's part is durable, of several: ``shards``, its shard manifests.
     - ``local``: the save is committed on this node: ``summary``.
     - ``remote``: it is committed in a remote: ``remote`` (its name), ``summary``, ``stored_bytes`` that it added there,
-      ``sent_bytes`` over the wire; for people ``reused_bytes``, ``by_codec`` and ``rests_on``.
+      ``sent_bytes`` over the wire; for people ``reused_bytes``, ``by_codec``, ``rests_on``, ``encode_seconds``.
     - ``skipped``: by policy it is never sent to a remote: ``remote`` (its name), ``reason``.
     - ``failed``: it won't reach ``level`` (for ``remote``: not soon, it stays queued): ``error`` (class name),
       ``message``, ``hint``, and the error's context, such as ``rank``, ``errno``, ``remote``. See :meth:`exception`.

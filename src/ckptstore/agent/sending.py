@@ -79,6 +79,7 @@ def send(
         "reused_bytes": result.reused_bytes,
         "by_codec": {name: list(sizes) for name, sizes in result.bytes_by_codec.items()},
         "rests_on": list(result.rests_on[-MAX_TOLD_BASES:]),
+        "encode_seconds": round(result.encode_seconds, 6),
     }
     upload.progress = None
     if result.is_cancelled:

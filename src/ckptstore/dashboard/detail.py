@@ -19,7 +19,7 @@ MAX_BOXES = 1500
 MAX_FOLDERS = 32
 #: Steps of a rank's save, in the order they happen.
 RANK_STAGES = ("reserve", "plan", "copy")
-NODE_STAGES = ("write", "commit")
+NODE_STAGES = ("write", "fsync", "commit")
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,18 @@ def waterfall(notes: Mapping[str, Any]) -> list[Bar]:
     for name in NODE_STAGES:
         length = _seconds(notes.get(name))
         if length is not None:
+            if name == "write":  # fsync is a part of it
+                length = max(0.0, length - (_seconds(notes.get("fsync")) or 0.0))
             bars.append(Bar("node", name, at, length))
             at += length
     for name, spans in notes.items():
         lag = _seconds(spans.get("lag")) if name.startswith("remote ") and isinstance(spans, dict) else None
         if lag is not None:
-            bars.append(Bar(name.removeprefix("remote "), "upload", at, max(0.0, lag - at)))
+            row, left = name.removeprefix("remote "), max(0.0, lag - at)
+            encode = min(_seconds(spans.get("encode_seconds")) or 0.0, left)
+            if encode:
+                bars.append(Bar(row, "encode", at, encode))
+            bars.append(Bar(row, "upload", at + encode, left - encode))
     return bars
 
 

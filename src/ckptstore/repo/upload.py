@@ -13,6 +13,7 @@ or created once, so a second attempt finds what the first one sent.
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,6 +56,7 @@ class PushResult:
         sent_bytes: pack bytes this push sent.
         reused_bytes: tensor bytes that were referenced instead of sent.
         bytes_by_codec: codec -> (tensor bytes, frame bytes) of what this push encoded.
+        encode_seconds: time in which nothing could be sent because chunks were still being encoded.
         rests_on: save_ids of the saves whose packs this one refers to: bases of its deltas, and chunks it shares.
         committed: the root manifest once the save is committed on this remote; None while other ranks are missing.
         is_cancelled: stopped on request; the next push goes on from there.
@@ -68,6 +70,7 @@ class PushResult:
     is_cancelled: bool = False
     bytes_by_codec: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     rests_on: tuple[str, ...] = ()
+    encode_seconds: float = 0.0
 
     def notes(self) -> dict[str, object]:
         """What is noted of a push beside the checkpoint, for people."""
@@ -77,6 +80,7 @@ class PushResult:
             "reused_bytes": self.reused_bytes,
             "by_codec": {codec: list(sizes) for codec, sizes in self.bytes_by_codec.items()},
             "rests_on": list(self.rests_on),
+            "encode_seconds": round(self.encode_seconds, 6),
         }
 
 
@@ -217,6 +221,7 @@ class _Push:
         self.is_first = True
         self.is_committed = False
         self.reused_bytes = 0
+        self._encode_s = 0.0
         self._by_codec: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def result(self, root: RootManifest | None, *, is_cancelled: bool = False) -> PushResult:
@@ -232,6 +237,7 @@ class _Push:
             is_cancelled=is_cancelled,
             bytes_by_codec={name: (plain, stored) for name, (plain, stored) in sorted(self._by_codec.items())},
             rests_on=tuple(sorted(owner for owner in owners if owner is not None and owner not in own)),
+            encode_seconds=self._encode_s,
         )
 
     def is_there(self, shard: ShardManifest) -> bool:
@@ -355,7 +361,10 @@ class _Push:
                     if self._cancelled():
                         raise _CancelledError
                     done, future = window.popleft()
-                    yield done, future.result()
+                    begun = time.monotonic()
+                    result = future.result()
+                    self._encode_s += time.monotonic() - begun
+                    yield done, result
             finally:
                 pool.shutdown(cancel_futures=True)
 

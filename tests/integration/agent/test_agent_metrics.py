@@ -52,7 +52,7 @@ def test_metrics_tell_of_saves_and_uploads(node: Node) -> None:
     found = scrape(port_of(trainer))
     assert value(found, "ckptstore_upload_bytes_total", run="run", kind="plain") == event.data["summary"]["size_bytes"]
     assert value(found, "ckptstore_upload_bytes_total", run="run", kind="stored") == event.data["stored_bytes"]
-    for stage in ("write", "commit", "upload"):
+    for stage in ("write", "fsync", "commit", "upload"):
         until(lambda s=stage: value(scrape(port_of(trainer)), "ckptstore_save_seconds_count", run="run", stage=s) == 1)
     for tier in ("local", "b"):
         when = value(found, "ckptstore_last_committed_timestamp_seconds", run="run", tier=tier)

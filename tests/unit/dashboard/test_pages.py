@@ -69,10 +69,12 @@ def test_what_is_not_there_is_told_kindly(both: Served, page: str) -> None:
 
 def test_the_checkpoint_page_tells_what_was_sent(both: Served) -> None:
     body = both.get(f"/run/bert/checkpoint/{JOB}-3/detail.json").json
-    assert [bar[1] for bar in body["bars"]] == ["reserve", "copy", "write", "commit", "upload"]
+    assert [bar[1] for bar in body["bars"]] == ["reserve", "copy", "write", "fsync", "commit", "encode", "upload"]
     starts = {bar[1]: bar[2] for bar in body["bars"]}
     assert starts["write"] == pytest.approx(0.21)
-    assert starts["upload"] == pytest.approx(0.81)
+    assert starts["fsync"] == pytest.approx(0.51), "fsync is the end of the time for writing"
+    assert starts["encode"] == pytest.approx(0.81)
+    assert sum(body["bars"][-1][2:]) == pytest.approx(2.0)
     assert body["kinds"]["unchanged"][:2] == [1, 128 * 64 * 4]
     assert body["kinds"]["delta"][:2] == [1, 64 * 64 * 4]
     size = 64 * 64 * 4

@@ -91,6 +91,7 @@ _STAGES = {
     "plan": "bind the state and agree with the other ranks",
     "copy": "copy into the arena",
     "write": "write and fsync the shard files",
+    "fsync": "of this, fsync",
     "commit": "manifests, fsync, rename",
 }
 
@@ -110,9 +111,10 @@ def _print_timing(details: Details) -> None:
         for rank, spans in sorted(timing.get("ranks", {}).items(), key=lambda item: int(item[0]))
         for stage, seconds in sorted(spans.items(), key=lambda item: [*_STAGES, item[0]].index(item[0]))
     ]
-    rows += [["agent", _STAGES[s], f"{timing[s] * 1e3:.1f} ms"] for s in ("write", "commit") if s in timing]
+    rows += [["agent", _STAGES[s], f"{timing[s] * 1e3:.1f} ms"] for s in ("write", "fsync", "commit") if s in timing]
     for name, spans in timing.items():
         if name.startswith("remote "):
-            rows.append([name, "from the call to the commit there", f"{spans['lag']:.2f} s"])
+            if "lag" in spans:  # not so of a push by hand
+                rows.append([name, "from the call to the commit there", f"{spans['lag']:.2f} s"])
             rows.append([name, "sent", human_bytes(spans["sent_bytes"])])
     print_table(["WHO", "STAGE", "TIME"], rows, right=frozenset({"TIME"}))

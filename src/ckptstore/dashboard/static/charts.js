@@ -42,10 +42,10 @@ const Charts = (() => {
     return { body, isNew: true };
   };
 
-  const colors = () => ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6"].map(style);
+  const colors = () => ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--muted", "--text"].map(style);
 
   // ---------------------------------------------------------------- one checkpoint
-  const STAGES = ["reserve", "plan", "copy", "write", "commit", "upload"];
+  const STAGES = ["reserve", "plan", "copy", "write", "fsync", "commit", "encode", "upload"];
   const KINDS = { unchanged: "--safe-bg", delta: "--k-delta", full: "--k-full", mixed: "--k-mixed" };
   const checkpoint = (data) => {
     const rows = [...new Set(data.bars.map((bar) => bar[0]))].reverse(), palette = colors();
