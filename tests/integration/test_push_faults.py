@@ -1,6 +1,17 @@
 """Whole pushes and restores through a proxy that breaks what it is told to, against a real S3 server.
 
-The letters and numbers are those of the cases each test covers.
+The letters and numbers are those of the cases each test covers. Where the others are tested:
+
+B2 a process ends before its upload   integration/agent/test_agent_upload.py, crash/test_store_crash.py
+B3 a lost answer, request by request  conformance/test_faults.py
+B4 a forgotten upload in parts        conformance/test_faults.py (nothing else is remembered)
+B5 credentials change for real        integration/test_credentials.py, conformance/test_oss.py
+B6 clocks                             conformance/test_faults.py, conformance/test_oss.py, unit/repo/test_gc.py
+B8 sizes and numbers of parts         unit/blob/test_names_and_addresses.py, conformance/test_blob_stores.py
+B9 dialects                           conformance/test_s3_dialects.py, conformance/test_oss.py
+B10 listings page by page             conformance/test_faults.py; what gc believes of them unit/repo/test_gc.py
+B12 each refusal and its sentence     conformance/test_faults.py
+B13 two jobs in one run               unit/ops/test_two_jobs.py
 """
 
 from __future__ import annotations

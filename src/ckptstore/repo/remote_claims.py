@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 
 from ckptstore.blob.base import BlobStore
@@ -93,19 +94,20 @@ class RemoteClaims(RemoteRun):
         Raises:
             FormatError: a list is damaged.
         """
-        mark = self._mark("condemned")  # before the lists are looked at: what comes later has later news
+        news = self.news("condemned")  # before the lists are looked at: what comes later has later news
+        mark, told = (news.mark, news.names) if news is not None else (None, ())
         held = self._lists
         if held is None or held[0] != mark:
-            held = self._lists = mark, self._read_lists(held[1] if held is not None else {})
+            held = self._lists = mark, self._read_lists(told, held[1] if held is not None else {})
         return frozenset[str]().union(*held[1].values())
 
-    def _read_lists(self, known: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    def _read_lists(self, told: Iterable[str], known: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+        """All lists: those that are listed, and those that news told of, should the listing be stale."""
         prefix = f"{self._prefix}condemned/"
-        ids = [parse_list_name(info.key.removeprefix(prefix)) for info in self.blob.list(prefix)]
+        found = [info.key.removeprefix(prefix) for info in self.blob.list(prefix)] + [list_name(one) for one in told]
+        ids = {list_id for name in found if (list_id := parse_list_name(name)) is not None}
         lists: dict[str, frozenset[str]] = {}
         for list_id in ids:
-            if list_id is None:
-                continue
             if list_id not in known:
                 try:
                     lists[list_id] = frozenset(self.condemned_list(list_id).keys)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,8 +123,6 @@ class World:
     paused: list[Paused] = field(default_factory=list)
     agents: list[RemoteTier] = field(default_factory=list)
     """Long-lived processes that push, and remember what they have seen of the bucket."""
-    is_warm: ClassVar[bool] = True
-    """Whether there are such: else each push is a process of its own."""
 
     def __post_init__(self) -> None:
         self.server = MemoryBlobStore(new_nonce(), clock=self.clock)
@@ -141,7 +139,7 @@ class World:
 
     def push(self, number: int, plan: Sequence[Interruption] = ()) -> None:
         path = self.paths[number % len(self.paths)]
-        agent = self.agents.pop() if self.agents and self.is_warm else self.tier_of(self.server)
+        agent = self.agents.pop() if self.agents else self.tier_of(self.server)
         agent.blob = Client(self.server, plan)
         try:
             result = push(self.tier, path, RUN, agent, config=CONFIG)
@@ -250,7 +248,12 @@ def blind_to_lists(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def deaf_to_news(monkeypatch: pytest.MonkeyPatch) -> None:
     """A committer that believes for ever that the lists are what they were."""
-    monkeypatch.setattr(RemoteTier, "_mark", lambda self, folder: None)
+    condemned = RemoteTier.condemned
+
+    def remembered(self: RemoteTier) -> frozenset[str]:
+        return condemned(self) if self._lists is None else frozenset[str]().union(*self._lists[1].values())
+
+    monkeypatch.setattr(RemoteTier, "condemned", remembered)
 
 
 def without_grace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,15 @@ def test_weights_cost_nothing_when_they_are_their_masters_rounded(blob: WatchedB
     assert_equal(pull(RemoteTier(blob, "default", "r"), document.shard.save_id, fresh(tier)), path)
 
 
+def test_every_rank_finds_its_masters_when_both_are_sharded_alike(blob: WatchedBlobStore, tier: LocalTier) -> None:
+    """As FSDP shards them: each rank's shard holds the same rows of a weight and of its master, uneven ones too."""
+    state = mixed_state()
+    path = write(tier, state, 1, world_size=3)
+    result = send(blob, tier, path)
+    plain, _ = result.bytes_by_codec["derived"]
+    assert plain >= 0.99 * sum(a.nbytes for a in weights(state).values())
+
+
 def fresh(tier: LocalTier) -> LocalTier:
     made = LocalTier(tier.root.with_name(f"fresh{new_nonce()}"))
     made.create()

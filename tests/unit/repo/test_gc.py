@@ -275,6 +275,19 @@ def test_short_and_empty_listings_delete_nothing(world: World, hidden: str) -> N
     assert world.packs() == packs
 
 
+def test_a_committer_knows_what_is_condemned_when_the_listing_is_stale(world: World) -> None:
+    """What it hears from the listing it would remember until there is news: so news names the lists."""
+    server = Shortened(_name(world), clock=world.clock)
+    pushed(world, 0)
+    pushed(world, 1)
+    world.delete(0)
+    world.collect()
+    expected = world.tier_of(world.server).condemned()
+    assert expected
+    server.hidden = "/condemned/"
+    assert world.tier_of(server).condemned() == expected
+
+
 def _name(world: World) -> str:
     return world.server.url.removeprefix("mem://")
 
