@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptstore.agent")
 
 #: What the notes beside a checkpoint tell of its upload.
-SENT_NOTES = ("sent_bytes", "stored_bytes", "reused_bytes", "by_codec", "rests_on")
+SENT_NOTES = ("sent_bytes", "stored_bytes", "reused_bytes", "by_codec", "rests_on", "encode_seconds")
 #: Dropped saves remembered, so that a rank that seals late is told why.
 _REMEMBERED = 256
 

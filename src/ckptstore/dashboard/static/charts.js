@@ -42,7 +42,7 @@ const Charts = (() => {
     return { body, isNew: true };
   };
 
-  const colors = () => ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--muted", "--text"].map(style);
+  const colors = () => ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7", "--c8"].map(style);
 
   // ---------------------------------------------------------------- one checkpoint
   const STAGES = ["reserve", "plan", "copy", "write", "fsync", "commit", "encode", "upload"];
