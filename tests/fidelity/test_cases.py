@@ -98,6 +98,7 @@ CASES: dict[str, tuple[str, ...]] = {
         MATRIX,
     ),
     "D13": (
+        "fidelity/test_goes_on.py::test_training_goes_on_as_if_it_had_never_stopped",
         "integration/test_manager.py::test_twice_n_steps_equal_n_and_a_restore_and_n",
         "distributed/test_manager_ranks.py::test_twice_n_steps_equal_n_and_a_restore_and_n_on_two_ranks",
         "unit/manager/test_loader.py::test_the_rest_of_the_epoch_and_the_next_ones_are_the_same_after_a_resume",
