@@ -220,6 +220,22 @@ def test_store_and_run_come_from_the_file(folder: Path, tmp_path: Path) -> None:
     assert [c["step"] for c in done.json["checkpoints"]] == [100, 200, 300]
 
 
+def test_cost_follows_the_table_of_prices(folder: Path) -> None:
+    prices = {"stored_gib_month": 1 << 30, "put_thousand": 1000, "get_thousand": 2000, "egress_gib": 0}
+    table = "\n".join(f"{name} = {price}" for name, price in prices.items())
+    (folder / "ckptstore.toml").write_text(f"[prices]\n{table}\n")
+    sizes = [file.stat().st_size for file in (folder / "bucket" / "runs" / "bert").rglob("*") if file.is_file()]
+    status = ["-s", f"file://{folder}/bucket", "status", "--cost"]
+    (cost,) = ckptctl(*status, "--json", cwd=folder).json["costs"]
+    assert (cost["stored_bytes"], cost["objects"]) == (sum(sizes), len(sizes))
+    assert cost["stored_dollars_per_month"] == sum(sizes), "a dollar a byte"
+    assert cost["put_dollars"] == len(sizes)
+    assert cost["restore_dollars"] == 2 * len(sizes)
+    assert f"{sum(sizes)}.00 $ a month" in ckptctl(*status, cwd=folder).out
+    (folder / "ckptstore.toml").write_text('[prices]\nput_thousand = "dear"\n')
+    assert ckptctl(*status, cwd=folder).code == 2
+
+
 @pytest.mark.parametrize(("script", "code"), [("pass", 0), ("raise SystemExit(7)", 7), ("import os; os.abort()", 134)])
 def test_run_ends_as_its_command_does(tmp_path: Path, script: str, code: int) -> None:
     assert ckptctl("-s", tmp_path / "s", "run", "--", sys.executable, "-c", script).code == code

@@ -55,9 +55,17 @@ def command(settings: Settings, is_live: bool, interval_s: float, with_cost: boo
     for line in _lines(found):
         print(colour_words(line, {"everything": "bad"}))
     for one in costs:
-        size, month = human_bytes(one.stored_bytes), one.stored_dollars_per_month
-        print(f"{one.remote}: {size} in {one.objects} objects, {month:.2f} $ a month")
-        print(f"  writing them cost {one.put_dollars:.2f} $; reading everything once costs {one.restore_dollars:.2f} $")
+        month = _dollars(one.stored_dollars_per_month)
+        print(
+            plain(f"{one.remote}: {human_bytes(one.stored_bytes)} in {counted(one.objects, 'object')}, {month} a month")
+        )
+        print(f"  writing them took {counted(one.objects, 'request')} or more, {_dollars(one.put_dollars)}")
+        gets = counted(one.restore_gets, "request")
+        print(f"  reading it all from elsewhere takes {gets}, {_dollars(one.restore_dollars)}")
+
+
+def _dollars(amount: float) -> str:
+    return "less than 0.01 $" if 0 < amount < 0.01 else f"{amount:.2f} $"
 
 
 def _lines(found: Status) -> list[str]:
