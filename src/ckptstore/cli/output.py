@@ -6,9 +6,7 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,11 +50,19 @@ def _shows_colours() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def _columns() -> int:
+    import shutil  # with all its archive formats it costs a piped `list` a fiftieth of its time
+
+    return shutil.get_terminal_size().columns
+
+
 def print_wrapped(mark: str, text: str, meaning: str | None = None) -> None:
     """A line that begins with a mark; on a terminal too narrow for it, the rest is indented below the text."""
     lines = [plain(text)]
     if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - len(mark)
+        import textwrap
+
+        width = _columns() - len(mark)
         lines = textwrap.wrap(lines[0], max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
     print(paint(mark, meaning) + f"\n{' ' * len(mark)}".join(lines))
 
@@ -80,7 +86,7 @@ def print_table(
         meanings: Words that have a colour, and what it means.
     """
     if sys.stdout.isatty():
-        rows = _fitted(headers, rows, flexible, shutil.get_terminal_size().columns)
+        rows = _fitted(headers, rows, flexible, _columns())
     head, *lines = table(headers, rows, right=right)
     print(paint(head, "head"))
     for text in lines:
