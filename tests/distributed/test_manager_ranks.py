@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manager_jobs import bereaved, drifting, overhead, raising, resized, signalled, timed, told_apart, train
+from manager_jobs import bereaved, drifting, overhead, raising, resized, signalled, struck, timed, told_apart, train
 from ranks import DEAD, run_ranks
 
 
@@ -77,3 +77,10 @@ def test_rank_zeros_configuration_counts_and_remotes_of_one_rank_only_are_refuse
     for chunk_elements, message in run_ranks(2, told_apart, tmp_path):
         assert chunk_elements == 2048
         assert "rank 0 has the remotes ['file'], this rank []" in message
+
+
+def test_ranks_meet_for_the_emergency_save_when_the_signal_also_hits_their_loader_workers(tmp_path: Path) -> None:
+    results = run_ranks(2, struck, tmp_path)
+    assert [(code, alive) for code, _, alive, _ in results] == [(143, 2)] * 2, results
+    assert len({(newest, done) for _, newest, _, done in results}) == 1
+    assert results[0][1] == results[0][3] >= 30

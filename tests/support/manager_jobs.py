@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
 import time
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from training import Training, manager
 
 from ckptstore import CheckpointManager, Preempted
 from ckptstore.errors import ConfigError
+from ckptstore.manager import ResumableLoader
 from ckptstore.policy import AtSteps, EverySeconds
 
 
@@ -164,3 +168,28 @@ def told_apart(rank: int, folder: Path) -> tuple[int, str]:
     except ConfigError as error:
         return chunk_elements, error.message
     return chunk_elements, ""
+
+
+def struck(rank: int, folder: Path) -> tuple[int | None, int, int, int]:
+    """SIGTERM to every process of the job: exit code, the newest step, workers that live, the last step done."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # which may have children
+    loader = ResumableLoader(DataLoader(TensorDataset(torch.zeros(4000)), batch_size=1, num_workers=2))
+    m = manager(folder, save_every_steps=0).track(w=torch.zeros(2), dataloader=loader)
+    alive, done, code = 0, 0, None
+    batches = iter(loader)
+    try:
+        with m:
+            for step, _ in enumerate(batches, start=1):
+                time.sleep(0.01)
+                dist.barrier()  # as training does: no rank goes on without the other
+                done = step
+                m.step(step)
+                if step == 30:
+                    workers = multiprocessing.active_children()
+                    for pid in [os.getpid(), *(worker.pid for worker in workers)]:
+                        os.kill(pid, signal.SIGTERM)  # type: ignore[arg-type]
+    except Preempted as preempted:
+        code = int(preempted.code or 0)
+        alive = len(multiprocessing.active_children())
+    util._exit_function()  # type: ignore[attr-defined]  # as at the end of a process: must not hang
+    return code, m._block._parts.safety.newest() or 0, alive, done

@@ -6,5 +6,6 @@ Owns: triggers, tracking, resume, signals, retention, random state. Must not kno
 from ckptstore.manager.loader import ResumableLoader
 from ckptstore.manager.manager import CheckpointManager
 from ckptstore.manager.resume import ResumePoint
+from ckptstore.manager.workers import outlive_signals
 
-__all__ = ["CheckpointManager", "ResumableLoader", "ResumePoint"]
+__all__ = ["CheckpointManager", "ResumableLoader", "ResumePoint", "outlive_signals"]

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ckptstore.errors import StateError
+from ckptstore.manager.workers import outlive_signals
 
 
 class ResumableLoader:
@@ -18,7 +19,7 @@ class ResumableLoader:
     Skipped batches are never loaded: only the sampler runs through them. Shuffling is the same as in the uninterrupted
     run, with a ``generator=`` of the loader's own, with torch's global one, and with DistributedSampler. Batches that
     workers had prefetched count as not seen. Random transforms *inside worker processes* are seeded anew at the resumed
-    batch. Workers are started for each epoch.
+    batch. Workers are started for each epoch; signals to the whole job leave them alone, so that the trainer decides.
 
     Track it: ``loader = ResumableLoader(DataLoader(...)); manager.track(dataloader=loader)``.
 
@@ -119,7 +120,7 @@ def _loader_like(loader: DataLoader[Any], batches: Iterator[list[Any]], seed: in
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
+        worker_init_fn=outlive_signals(loader.worker_init_fn) if loader.num_workers else None,
         multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator().manual_seed(seed),
         prefetch_factor=loader.prefetch_factor,
