@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -362,7 +363,14 @@ def test_the_server_keeps_its_data_when_it_is_killed_and_restarted(tmp_path: Pat
         with pytest.raises(TransientError):
             store.get("k")
         server.restart()
-        assert store.get("k") == BODY
+        deadline = time.monotonic() + 60
+        while True:  # it takes writes some seconds before it finds again what it had
+            try:
+                assert store.get("k") == BODY
+                break
+            except TransientError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
 
 
 def test_the_server_dies_with_its_starter_when_that_one_is_killed(tmp_path: Path) -> None:
