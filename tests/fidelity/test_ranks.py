@@ -13,6 +13,7 @@ from fidelity_jobs import (
     ddp_buffers,
     differing,
     expected_own,
+    fsdp1_resumed,
     load_sharded_wrappers,
     load_tables,
     own_values,
@@ -103,6 +104,18 @@ def test_wrapper_tensors_inside_dtensors_are_resharded_part_by_part(tmp_path: Pa
     CheckpointStore(root).load(plain)
     assert type(plain["rows"]) is RowScaled
     assert_same({"rows": row_scaled(), "two": two_tensor()}, plain)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_training_goes_on_bit_for_bit_under_fsdp1(tmp_path: Path, use_orig_params: bool) -> None:
+    results: list[Any] = run_ranks(3, fsdp1_resumed, str(tmp_path / "store"), use_orig_params)
+    size = results[0][1]
+    for attempt in (0, 1):
+        read = sum(result[0][attempt] for result in results)
+        if use_orig_params:
+            assert read <= size * 1.5, "each rank reads its own part, and the counters"
+        else:
+            assert read > size * 2, "flat parameters: all of the optimizer's state on every rank"
 
 
 STAGES = ((0, 1), (2, 3))

@@ -1,7 +1,7 @@
 """``FullyShardedDataParallel``: parameters live in flat ones, so only FSDP itself can say what the state is.
 
-The slow path of a deprecated wrapper. It unshards while saving, and loading an optimizer reads its whole state on every
-rank before FSDP cuts it. FSDP2 (``fully_shard``) needs none of this.
+The slow path of a deprecated wrapper: it unshards while saving. With ``use_orig_params=True`` an optimizer is loaded in
+place, run by run; otherwise its whole state is read on every rank before FSDP cuts it. FSDP2 needs none of this.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,6 +43,31 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """State by parameter name, sharded as the parameters are. Collective; makes no state where there is none."""
     with _state_dict_type(module, full=False):
         return dict(FullyShardedDataParallel.optim_state_dict(module, optimizer))
+
+
+class Run(NamedTuple):
+    """What this rank has of a parameter: ``numel`` elements of the flattened global tensor from ``start``."""
+
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+
+
+def local_runs(module: nn.Module) -> dict[int, Run] | None:
+    """id of each sharded parameter -> its run here, by FSDP1's own books; None where parameters are flat ones
+    (``use_orig_params=False``), whose states only FSDP1 can tell apart."""
+    runs: dict[int, Run] = {}
+    for part in FullyShardedDataParallel.fsdp_modules(module):
+        handle: Any = part._handle
+        if handle is None:
+            continue
+        if not handle._use_orig_params:
+            return None
+        if handle.uses_sharded_strategy:
+            flat = handle.flat_param
+            for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
+                runs[id(parameter)] = Run(tuple(shape), info.intra_param_start_idx or 0, info.numel_in_shard or 0)
+    return runs
 
 
 def load_optimizer_state(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:

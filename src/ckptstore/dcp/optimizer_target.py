@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckptstore.dcp import composites, fsdp1, modules, optimizers
-from ckptstore.dcp.boxes import dtype_of
+from ckptstore.dcp.boxes import Box, dtype_of
+from ckptstore.dcp.geometry import boxes_of_run
 from ckptstore.dcp.stored import MISSING, Stub
 from ckptstore.format import tree
 
@@ -41,10 +43,11 @@ def match_optimizer(matcher: Matcher, path: Path, optimizer: Optimizer, stored: 
         matcher.mismatch(key, "what is stored is not an optimizer's state")
         return
     sharded = matcher.walk.fsdp1_of(optimizer)
-    if sharded is not None:
+    runs = fsdp1.local_runs(sharded) if sharded is not None else {}
+    if sharded is not None and runs is None:
         _match_fsdp1(matcher, key, sharded, optimizer, stored, groups)
         return
-    match = _Match(matcher, key, optimizer, stored, groups)
+    match = _Match(matcher, key, optimizer, stored, groups, runs or {})
     match.states()
     match.groups()
 
@@ -72,9 +75,16 @@ def _match_fsdp1(
 
 class _Match:
     def __init__(
-        self, matcher: Matcher, key: str, optimizer: Optimizer, stored: Mapping[str, Any], groups: list[dict[str, Any]]
+        self,
+        matcher: Matcher,
+        key: str,
+        optimizer: Optimizer,
+        stored: Mapping[str, Any],
+        groups: list[dict[str, Any]],
+        runs: Mapping[int, fsdp1.Run],
     ) -> None:
         self._m = matcher
+        self._runs = runs
         self._key = key
         self._optimizer = optimizer
         self._state: dict[Any, Any] = dict(stored.get("state") or {})
@@ -112,6 +122,9 @@ class _Match:
         key = f"{self._key}.state.{name}"
         state = self._optimizer.state
         live = state.get(parameter) or {}
+        run = self._runs.get(id(parameter))
+        if run is not None and not run.numel:
+            return  # FSDP1 keeps nothing where it has no element
         if not isinstance(entry, dict) or not entry:
             if live and self._m.wants(key, key + ".*"):
                 self._m.found.actions.append((key, lambda: state.pop(parameter, None)))
@@ -139,6 +152,9 @@ class _Match:
     ) -> Any:
         """Match one field; returns what must be put into the entry, MISSING if it is filled in place."""
         m = self._m
+        run = self._runs.get(id(parameter))
+        if run is not None and isinstance(stored, Stub) and m.source.tensors[stored.name].shape == run.shape:
+            return self._run(key, parameter, run, current, stored)
         if isinstance(stored, Stub):
             if isinstance(current, torch.Tensor):
                 m.slot(key, current, stored)
@@ -160,6 +176,25 @@ class _Match:
             m.found.actions.append((key, lambda: _fill(current, stored)))
             return MISSING
         return m.read_into_new(key, stored)
+
+    def _run(self, key: str, parameter: torch.Tensor, run: fsdp1.Run, current: Any, stored: Stub) -> Any:
+        """As :meth:`_field`, for a field shaped like a parameter that FSDP1 cut: its run is filled box by box."""
+        m = self._m
+        if not m.wants(key, stored.name):
+            return MISSING
+        meta = m.source.tensors[stored.name]
+        is_new = not isinstance(current, torch.Tensor)
+        local = torch.empty_like(parameter.detach(), dtype=dtype_of(meta.dtype)) if is_new else current
+        if tuple(local.shape) != (run.numel,):
+            m.mismatch(key, f"FSDP1 has {run.numel} elements here, the target {list(local.shape)}; reshard it first")
+            return MISSING
+        at = 0
+        for offsets, shape in boxes_of_run(run.shape, run.start, run.numel):
+            part = local[at : at + prod(shape)].view(shape)
+            at += prod(shape)
+            if not m.slot_box(key, Box(part, meta.shape, offsets, shape), stored):
+                return MISSING
+        return local if is_new else MISSING
 
     def _group_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         return self._groups[self._stored_names.group(self._stored_as[id(parameter)], self._groups)]

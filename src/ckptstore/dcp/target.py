@@ -167,6 +167,11 @@ class Matcher:
                 f"{key}: stored shape {list(meta.shape)}, target shape {list(box.global_shape)}"
             )
             return False
+        return self.slot_box(key, box, stub)
+
+    def slot_box(self, key: str, box: Box, stub: Stub) -> bool:
+        """Fill a box of memory with a stored tensor of its global shape, if the dtypes agree."""
+        meta = self.source.tensors[stub.name]
         dtype = dtype_name(box.local.dtype)
         if dtype != meta.dtype:
             if self.strict:
