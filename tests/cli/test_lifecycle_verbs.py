@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pty
-import re
-import select
 import shutil
 import signal
 import subprocess
@@ -88,45 +84,6 @@ def test_delete_says_what_and_asks_for_yes_when_nobody_is_there(folder: Path) ->
     assert [a["tier"] for a in only["actions"]] == ["local"]
     assert answer(*at(folder), "list")["checkpoints"][0]["tiers"] == {"local": "absent", "file": "complete"}
     assert ckptctl(*at(folder), "delete", "100", "--tier", "moon", "--yes").code == 2
-
-
-def on_a_terminal(*args: str, keys: bytes, until: bytes) -> tuple[int, str]:
-    """Run in a pseudo-terminal of 80 columns, press keys once ``until`` is seen."""
-    fd, terminal = pty.openpty()
-    # The new session takes the terminal as its own, so that Ctrl-C reaches it and nobody else.
-    take = (
-        "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", take, sys.executable, "-m", "ckptstore.cli", *args],
-        stdin=terminal, stdout=terminal, stderr=terminal, env=clean(TERM="xterm"), start_new_session=True,
-    )  # fmt: skip
-    os.close(terminal)
-    seen, is_sent, deadline = b"", False, time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if select.select([fd], [], [], 0.2)[0]:
-            try:
-                data = os.read(fd, 65536)
-            except OSError:
-                break
-            if not data:
-                break
-            seen += data
-        if not is_sent and until in seen:
-            os.write(fd, keys)
-            is_sent = True
-    code = process.wait(60)
-    os.close(fd)
-    return code, re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode()).replace("\r", "")
-
-
-@pytest.mark.parametrize(("keys", "code", "left"), [(b"n\n", 0, 3), (b"\x03", 130, 3), (b"y\n", 0, 2)])
-def test_delete_asks_on_a_terminal(folder: Path, keys: bytes, code: int, left: int) -> None:
-    got, text = on_a_terminal(*at(folder), "delete", "100", keys=keys, until=b"delete?")
-    assert got == code, text
-    assert max(map(len, text.splitlines())) <= 80
-    assert len(answer(*at(folder), "list")["checkpoints"]) == left
 
 
 def test_gc_tells_what_it_would_do_does_it_and_keeps_the_rest_whole(folder: Path) -> None:

@@ -253,10 +253,27 @@ def test_status_keeps_itself_up_to_date_until_ctrl_c(stage: Path, terminal: Term
     terminal.wait_for("everything")
     (folder / "away").rename(folder / "bucket")
     terminal.wait_for("loss of the machine (file)  200")
-    terminal.keys("C-c")
-    assert terminal.wait_for_end() == 130
+    assert terminal.interrupt() == 130
     assert "interrupted" in terminal.screen()
     assert "Traceback" not in terminal.screen()
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("n", 0, 4), ("Ctrl-C", 130, 4), ("y", 0, 3)])
+def test_delete_asks_on_a_terminal(
+    stage: Path, terminal: Terminal, tmp_path: Path, answer: str, code: int, left: int
+) -> None:
+    folder = tmp_path / "asked"
+    shutil.copytree(stage, folder)
+    environ = clean(CKPTSTORE_REMOTE=f"file://{folder}/bucket")
+    terminal.start(command("-s", "store", "delete", "100"), environ, str(folder))
+    terminal.wait_for("delete? [y/N]:")
+    if answer == "Ctrl-C":
+        assert terminal.interrupt() == code
+    else:
+        terminal.keys(answer, "Enter")
+        assert terminal.wait_for_end() == code
+    found = ckptctl("list", folder / "store", "--all", "--json").json["checkpoints"]
+    assert len(found) == left
 
 
 def test_colours_mean_something_and_no_color_is_honoured(stage: Path, terminal: Terminal, tmp_path: Path) -> None:

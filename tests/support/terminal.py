@@ -58,6 +58,20 @@ class Terminal:
         """The exit code of the newest program."""
         return int(self.wait_for(_END).rpartition(_END)[2].split()[0])
 
+    def interrupt(self) -> int:
+        """Press Ctrl-C until it ends, as a person would; the exit code.
+
+        Python misses a signal that comes between its last look and the read that then waits for a line.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while _END not in self.screen() and time.monotonic() < deadline:
+            self.keys("C-c")
+            for _ in range(40):
+                if _END in self.screen():
+                    break
+                time.sleep(0.05)
+        return self.wait_for_end()
+
     def _call(self, *args: str) -> str:
         done = subprocess.run([*self._tmux, *args], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
         return done.stdout
