@@ -12,6 +12,7 @@ Below the store's prefix::
     runs/<run>/timelines/<number>.json
     runs/<run>/pins/<save_id>
     runs/<run>/condemned/<id>.json, <id>.swept.json              what gc will delete, and what it has deleted
+    runs/<run>/aside/<timeline>-<step>-<save_id>.json            root manifest of a damaged save that was set aside
     runs/<run>/news/<folder>.json                                changes when others must look into that folder again
     gc/lease-<part>-of-<parts>-<epoch>.json                      who collects now
 
