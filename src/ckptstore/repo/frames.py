@@ -245,7 +245,7 @@ class RemoteChunks:
                 plain[base] = inside.decode(base, plain, out)
             else:
                 absent[base] = out
-        for part in ranges(absent):
+        for part in ranges(absent, max_bytes=MAX_REQUEST_BYTES):
             plain.update(self.read_range(remote, part, absent))
         return plain
 
