@@ -35,7 +35,7 @@ VERBS = {
     "gc": "Delete from buckets what no checkpoint needs, a grace later.",
     "status": "Say what would be lost if this process, machine or site died now.",
     "dashboard": "Show in a browser whether training is safe, and how it goes.",
-    "plot": "Write one HTML file with curves, checkpoints and sizes.",
+    "plot": "Write a report of a run: curves, checkpoints, sizes.",
     "doctor": "Try what a store needs, and name a fix for each finding.",
     "run": "Run a command, pass signals on, wait for its uploads.",
     "agent": "Look after the node agent: status, serve, unit, logs, stop.",

@@ -6,7 +6,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def doctor(place: Place) -> list[Check]:
         checks += _remote(name, blob)
     if place.local is not None:
         checks.append(_agent(place.local.root))
+        checks.append(survival())
     checks.append(_memory())
     checks.append(Check("versions", "ok", f"ckptstore {__version__}, Python {platform.python_version()}"))
     return checks
@@ -129,6 +130,30 @@ def _agent(root: Path) -> Check:
         detail = f"pid {said['pid']} is version {said['version']}, this is {__version__}"
         return Check("agent", "warning", detail, "let it go with `ckptctl agent stop`; the next save starts a new one")
     return Check("agent", "ok", f"pid {said['pid']}, version {said['version']}")
+
+
+def survival(proc: Path = Path("/proc"), environ: Mapping[str, str] = os.environ) -> Check:
+    """Which deaths a staged save outlives here: an agent lives as long as whatever its process belongs to."""
+    try:
+        first = (proc / "1" / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        first = ""
+    name = "staged saves"
+    if "ckptctl" in first or "ckptstore.cli" in first:
+        return Check(name, "ok", "outlive the trainers: `ckptctl run` stays until their uploads are done")
+    if "SLURM_JOB_ID" in environ:
+        fix = "start training as `srun ckptctl run -- CMD`, which waits for the uploads"
+        return Check(name, "warning", "outlive a trainer, but not the job step: Slurm kills the agent at its end", fix)
+    name_of_first = os.path.basename(first.partition(" ")[0])  # its arguments are nobody's business
+    if name_of_first in ("systemd", "init", "launchd", ""):
+        return Check(name, "ok", "outlive the trainers until the machine goes down")
+    fix = "make `ckptctl run -- CMD` the container's command: it waits for the uploads"
+    return Check(
+        name,
+        "warning",
+        f"outlive a trainer, but not this container: it ends with its first process, {name_of_first}",
+        fix,
+    )
 
 
 def _traits(name: str, blob: BlobStore, key: str) -> Iterator[Check]:

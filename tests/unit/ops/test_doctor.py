@@ -1,0 +1,35 @@
+"""What `doctor` says of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ckptstore.ops.doctor import survival
+
+
+@pytest.mark.parametrize(
+    ("first", "environ", "state", "told"),
+    [
+        (b"/sbin/init\0splash\0", {}, "ok", "until the machine goes down"),
+        (b"/usr/lib/systemd/systemd\0--system\0", {"SLURM_JOB_ID": "7"}, "warning", "not the job step"),
+        (
+            b"python3\0train.py\0",
+            {},
+            "warning",
+            "not this container: it ends with its first process, python3",
+        ),
+        (b"python3\0/opt/bin/ckptctl\0run\0--\0x\0", {"SLURM_JOB_ID": "7"}, "ok", "stays until their uploads"),
+        (None, {}, "ok", "until the machine goes down"),
+    ],
+)
+def test_doctor_says_which_deaths_a_staged_save_survives(
+    tmp_path: Path, first: bytes | None, environ: dict[str, str], state: str, told: str
+) -> None:
+    if first is not None:
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / "cmdline").write_bytes(first)
+    check = survival(tmp_path, environ)
+    assert (check.state, told in check.detail) == (state, True)
+    assert (check.fix is not None) == (state == "warning")
