@@ -14,7 +14,7 @@ from training import CONFIG
 pl = pytest.importorskip("lightning.pytorch")
 
 from ckptstore import CheckpointStore, errors  # noqa: E402  # after the skip
-from ckptstore.integrations.lightning import CkptstoreCheckpointIO  # noqa: E402  # needs Lightning
+from ckptstore.integrations.lightning import CkptstoreCallback, CkptstoreCheckpointIO  # noqa: E402  # needs Lightning
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -69,6 +69,25 @@ def test_lightnings_own_checkpoints_are_kept_in_the_store_and_resumed_from(tmp_p
     with CheckpointStore(tmp_path / "store") as store:
         assert [info.step for info in store.checkpoints()] == [6], "what Lightning removed is gone"
     assert fit(4, str(file)).seen == straight.seen[6:]
+
+
+def test_stall_and_durable_step_reach_the_trainers_logger(tmp_path: Path) -> None:
+    class Curves(pl.loggers.logger.DummyLogger):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.points: dict[str, dict[int, float]] = {}
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None, **_: Any) -> None:
+            for name, value in metrics.items():
+                self.points.setdefault(name, {})[step or 0] = value
+
+    keeper = CkptstoreCallback(tmp_path / "store", config=CONFIG, save_every_steps=3, save_freq=0)
+    options: dict[str, Any] = {"callbacks": [keeper], "enable_checkpointing": False}
+    running = trainer(tmp_path, 2, **options)
+    running.loggers = [curves := Curves()]
+    running.fit(Module(), loader())
+    assert curves.points["ckptstore/local_step"] == {3: 3.0, 6: 6.0}
+    assert set(curves.points["ckptstore/save_stall_seconds"]) == {3, 6}
 
 
 def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:

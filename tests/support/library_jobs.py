@@ -108,6 +108,16 @@ def lightning(rank: int, folder: Path | None, strategy: str, die_at: int) -> dic
     return seen
 
 
+class Curves:
+    """What is used of a TensorBoard writer."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[int | None]] = {}
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None) -> None:
+        self.steps.setdefault(tag, []).append(global_step)
+
+
 def transformers(rank: int, folder: Path, is_kept: bool, die_at: int) -> dict[int, float]:
     """Twelve steps of DDP; kept by the callback, or by the Trainer alone."""
     as_under_torchrun(rank)
@@ -139,6 +149,7 @@ def transformers(rank: int, folder: Path, is_kept: bool, die_at: int) -> dict[in
                 dist.barrier()
                 os._exit(1)
 
+    curves = Curves()
     store = store_of_this_rank(folder / "store", None, None, CONFIG) if is_kept and rank == 0 else None
     scratch = folder / "scratch"
     trainer = Trainer(
@@ -161,10 +172,11 @@ def transformers(rank: int, folder: Path, is_kept: bool, die_at: int) -> dict[in
         callbacks=[Watch()],
     )
     if store is not None:
-        trainer.add_callback(CkptstoreCallback(store))
+        trainer.add_callback(CkptstoreCallback(store, summary_writer=curves))
     found = [resume_path(store, scratch) if store is not None else None]
     dist.broadcast_object_list(found)
     trainer.train(resume_from_checkpoint=found[0])
     if store is not None:
         store.close()
+        assert curves.steps["ckptstore/local_step"][-1] == LAST_STEP
     return seen

@@ -32,7 +32,7 @@ class CkptstoreCallback(Callback):
     """Saves when due, resumes at the start of ``fit``, and ends in order on signals and exceptions.
 
     Model, optimizers, schedulers, precision, the loops' place (loaders with state included) and the states of the other
-    callbacks are kept. Metrics are those that were logged.
+    callbacks are kept. Metrics are those that were logged. Stall, lag and durable step go to the Trainer's loggers.
 
     Args:
         save_dir: As for CheckpointManager; or ``manager``.
@@ -56,6 +56,8 @@ class CkptstoreCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill everything from where the run left off."""
         manager = self.manager
+        if trainer.loggers and trainer.is_global_zero:
+            manager.draw(_Loggers(trainer))
         manager.track(model=trainer.strategy.model, **_numbered("optimizer", trainer.optimizers))
         manager.track(**_numbered("scheduler", [config.scheduler for config in trainer.lr_scheduler_configs]))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -97,6 +99,17 @@ class CkptstoreCallback(Callback):
             for each in trainer.callbacks  # type: ignore[attr-defined]
             if each is not self and (state := each.state_dict())
         }
+
+
+class _Loggers:
+    """The Trainer's loggers, as a place to draw curves in."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None) -> None:
+        for logger in self._trainer.loggers:
+            logger.log_metrics({tag: float(scalar_value)}, step=global_step)
 
 
 class CkptstoreCheckpointIO(CheckpointIO):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from ckptstore.errors import CkptError, ConfigError
+from ckptstore.manager.scalars import Scalars, SummaryWriter
 from ckptstore.manager.voice import Voice
 from ckptstore.policy.retention import Retention
 from ckptstore.store import CheckpointStore
@@ -38,11 +40,15 @@ class CkptstoreCallback(TrainerCallback):
     Args:
         store: Yours to close. In a job of several ranks: ``alone.store_of_this_rank(...)``.
         keep: Retention of the store's local and remote tiers; None: nothing is deleted.
+        summary_writer: A TensorBoard ``SummaryWriter`` for stall, lag and durable step; may be the Trainer's own.
     """
 
-    def __init__(self, store: CheckpointStore, *, keep: Retention | None = None) -> None:
+    def __init__(
+        self, store: CheckpointStore, *, keep: Retention | None = None, summary_writer: SummaryWriter | None = None
+    ) -> None:
         self.store = store
         self._keep = keep
+        self._scalars = Scalars(summary_writer)
         self._voice = Voice(None)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -55,7 +61,10 @@ class CkptstoreCallback(TrainerCallback):
         try:
             files = {KEY: read_folder(folder)}
             epoch = int(state.epoch) if state.epoch is not None else None
-            self.store.save(files, state.global_step, epoch=epoch, metrics=metrics)
+            begun = time.monotonic()
+            handle = self.store.save(files, state.global_step, epoch=epoch, metrics=metrics)
+            self._scalars.watch(handle, time.monotonic() - begun, time.monotonic)
+            self._scalars.flush()
             if self._keep is not None:
                 self._prune()
         except CkptError as error:
@@ -67,6 +76,7 @@ class CkptstoreCallback(TrainerCallback):
         """Wait until everything is on the disk; the node agent goes on with uploads."""
         if state.is_world_process_zero:
             self.store.wait("local")
+            self._scalars.flush()
 
     def _prune(self) -> None:
         assert self._keep is not None

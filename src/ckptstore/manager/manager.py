@@ -159,6 +159,11 @@ class CheckpointManager:
             self._guard.watch(self._tracked.optimizers)
         return self
 
+    def draw(self, writer: SummaryWriter) -> CheckpointManager:
+        """Draw stall, lag and durable step there, unless ``summary_writer`` was given."""
+        self._scalars.offer(writer)
+        return self
+
     # -- finding the way back -------------------------------------------------------------------------------------
 
     def resume(self, step: StepLike | None = None) -> ResumePoint:

@@ -24,6 +24,11 @@ class Scalars:
         self._lock = threading.Lock()
         self._points: list[tuple[str, float, int]] = []
 
+    def offer(self, writer: SummaryWriter) -> None:
+        """Write there, unless the program has named another place."""
+        if self._writer is None:
+            self._writer = writer
+
     def watch(self, handle: SaveHandle, stall_s: float, clock: Any) -> None:
         """Follow a save."""
         if self._writer is None:
