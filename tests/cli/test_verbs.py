@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import ckptctl, run_python
 
 from ckptstore import CheckpointStore, StoreConfig
+from ckptstore.policy import Retention
+from ckptstore.repo import journal
+from ckptstore.repo.local import LocalTier
+from ckptstore.testing.checkpoints import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,24 @@ def test_list_shows_steps_tiers_and_metrics(folder: Path) -> None:
     assert [c["step"] for c in document["checkpoints"]] == [100, 200]
     assert document["checkpoints"][0]["tiers"] == {"local": "complete"}
     assert [c["step"] for c in ckptctl("list", bucket(folder), "--json").json["checkpoints"]] == [100, 200]
+
+
+def test_list_tells_which_rule_keeps_what(tmp_path: Path) -> None:
+    tier = LocalTier(tmp_path / "store")
+    tier.create()
+    for step in (1, 2, 3):
+        write_checkpoint(tier, {"x": np.ones(8, np.float32)}, run="r", step=step, save_id=f"{'a' * 12}-{step}")
+    assert "nothing is dropped but by" in ckptctl("list", tier.root, "--why").out
+    rules = asdict(Retention(keep_last=2, keep_best=0))
+    journal.append(tier, "r", "rules", [{"time": "2026-01-01T00:00:00.000Z", "local": rules, "remote": rules}])
+    said = ckptctl("list", tier.root, "--why").out.splitlines()[-3:]
+    assert [line.split(maxsplit=1) for line in said] == [
+        ["1", "every tier  no rule keeps it"],
+        ["2", "every tier  one of the last 2"],
+        ["3", "every tier  one of the last 2"],
+    ]
+    found = ckptctl("list", tier.root, "--why", "--json").json["checkpoints"]
+    assert [each["kept_why"] for each in found][1] == {"local": ["one of the last 2"]}
 
 
 def test_options_stand_before_or_after_the_verb_and_come_from_the_environment(folder: Path) -> None:

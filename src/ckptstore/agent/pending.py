@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptstore.config import StoreConfig
-from ckptstore.errors import CkptError, ConfigError
+from ckptstore.errors import CkptError
 from ckptstore.format.manifest import ShardManifest, Summary
 from ckptstore.policy.retention import Retention
 from ckptstore.repo import journal, names, timelines
@@ -117,12 +117,8 @@ def left_out(
 
 def remote_rules(tier: LocalTier, run: str) -> Retention | None:
     """What the run's manager keeps on remotes, as far as the journal tells."""
-    for record in reversed(journal.read(tier, run, "rules")):
-        try:
-            return Retention(**record["remote"])
-        except (KeyError, TypeError, ConfigError):
-            return None  # of another version
-    return None
+    records = journal.read(tier, run, "rules")
+    return Retention.noted(records[-1].get("remote")) if records else None
 
 
 def dropped_there(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptstore.dashboard.safety import usual_interval
 from ckptstore.dashboard.source import RunView
-from ckptstore.errors import ConfigError
 from ckptstore.policy.retention import Retention
 from ckptstore.types import CheckpointInfo
 
@@ -44,7 +43,7 @@ def plans(view: RunView, rules: Mapping[str, Any] | None, verified: Collection[s
         return []
     found = []
     for tier in view.tiers:
-        retention = _retention(rules.get("local" if tier == "local" else "remote"))
+        retention = Retention.noted(rules.get("local" if tier == "local" else "remote"))
         if retention is None or tier in view.unknown_remotes:
             continue
         now = retention.decide(view.infos, tier, verified=verified)
@@ -54,7 +53,7 @@ def plans(view: RunView, rules: Mapping[str, Any] | None, verified: Collection[s
             going = then.drop
         size = view.line[-1].size_bytes if view.line else 0
         most = None if retention.limit is None else retention.limit * size
-        found.append(TierPlan(tier, _words(retention), now.keep, going, retention.limit, most, now.note))
+        found.append(TierPlan(tier, retention.words, now.keep, going, retention.limit, most, now.note))
     return found
 
 
@@ -82,16 +81,6 @@ def rests_on(view: RunView, save_id: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _retention(values: object) -> Retention | None:
-    """The rules as noted; None if they are of another version."""
-    if not isinstance(values, Mapping) or set(values) - {field.name for field in fields(Retention)}:
-        return None
-    try:
-        return Retention(**values)
-    except (ConfigError, TypeError):
-        return None
-
-
 def _next(line: Sequence[CheckpointInfo], tier: str) -> CheckpointInfo:
     """A checkpoint like the last one, one interval later, that is best at nothing."""
     last = line[-1]
@@ -106,15 +95,3 @@ def _next(line: Sequence[CheckpointInfo], tier: str) -> CheckpointInfo:
         last, step=last.step + max(1, steps), save_id=_NEXT, created_at=created, metrics={}, tags=(), pinned=False,
         emergency=False, tiers={tier: "complete"},
     )  # fmt: skip
-
-
-def _words(rules: Retention) -> str:
-    parts = []
-    if rules.keep_last:
-        parts.append(f"the last {rules.keep_last}")
-    if rules.keep_best:
-        by = f" by {rules.monitor} ({'lowest' if rules.mode == 'min' else 'highest'})" if rules.monitor else ""
-        parts.append(f"the best {rules.keep_best}{by}")
-    if rules.keep_every_steps:
-        parts.append(f"one every {rules.keep_every_steps} steps")
-    return ", ".join([*parts, "pinned ones"])

@@ -52,7 +52,9 @@ class CheckpointManager:
         policy: A save policy of your own instead of these three.
         keep_last: Checkpoints that stay: the newest N, ...
         keep_best: ... the K best by ``monitor``, ...
-        keep_every_steps: ... and one every M steps; 0 turns a rule off. Pinned ones stay anyway.
+        keep_every_steps: ... one every M steps, ...
+        keep_newer_seconds: ... those saved at most so long before the newest; 0 turns a rule off, ...
+        keep_tags: ... and what bears one of these tags. Pinned ones stay anyway.
         keep_remote: Retention of the remotes; None: the same.
         monitor: Metric that tells which is best; None: the one whose name ends in "loss".
         mode: "min" or "max".
@@ -87,6 +89,8 @@ class CheckpointManager:
         keep_last: int = 5,
         keep_best: int = 1,
         keep_every_steps: int = 0,
+        keep_newer_seconds: float = 0,
+        keep_tags: Sequence[str] = (),
         keep_remote: Retention | Mapping[str, Any] | None = None,
         monitor: str | None = None,
         mode: str = "min",
@@ -113,7 +117,7 @@ class CheckpointManager:
         self._policy = policy or default_policy(
             save_every_steps, save_every_seconds, save_freq, (self._grace_s if self._end else None)
         )
-        retention = Retention(keep_last, keep_best, keep_every_steps, monitor, mode)
+        retention = Retention(keep_last, keep_best, keep_every_steps, monitor, mode, keep_newer_seconds, keep_tags)
         remote_rules = remote_retention(keep_remote, retention)
         names = check_signals(save_on_signal)
         self.store = store or open_store(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ckptstore.errors import ConfigError
 from ckptstore.types import CheckpointInfo
@@ -35,7 +35,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Retention:
-    """The last N, the best K, one every M steps, whatever is pinned, the newest verified, and never nothing.
+    """The last N, the best K, one every M steps, recent ones, tags, pins, the newest verified, and never nothing.
 
     Args:
         keep_last: the newest N of the current line.
@@ -43,6 +43,8 @@ class Retention:
         keep_every_steps: the first save at or after each multiple of M steps.
         monitor: name of the metric; None: the one metric whose name ends in "loss", else saves tagged "best".
         mode: "min" or "max".
+        keep_newer_seconds: whatever was saved at most so long before the newest; a run that rests loses nothing by it.
+        keep_tags: whatever bears one of these tags.
 
     Raises:
         ConfigError: a negative number, an unknown mode, or all rules off.
@@ -53,17 +55,25 @@ class Retention:
     keep_every_steps: int = 0
     monitor: str | None = None
     mode: str = "min"
+    keep_newer_seconds: float = 0
+    keep_tags: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        tags: object = self.keep_tags
+        if not isinstance(tags, (tuple, list)) or not all(isinstance(tag, str) for tag in tags):
+            raise ConfigError(f"keep_tags is {tags!r}", hint='keep_tags=("release",)')
+        object.__setattr__(self, "keep_tags", tuple(tags))  # JSON knows lists only
+        if not 0 <= self.keep_newer_seconds < math.inf:
+            raise ConfigError(f"keep_newer_seconds is {self.keep_newer_seconds!r}", hint="seconds >= 0; 0: off")
         for name in ("keep_last", "keep_best", "keep_every_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"{name} is {value!r}", hint="a whole number >= 0; 0 turns the rule off")
         if self.mode not in ("min", "max"):
             raise ConfigError(f"mode is {self.mode!r}", hint='use "min" or "max"')
-        if not (self.keep_last or self.keep_best or self.keep_every_steps):
+        if not (self.keep_last or self.keep_best or self.keep_every_steps or self.keep_newer_seconds):
             raise ConfigError(
-                "keep_last, keep_best and keep_every_steps are all 0: nothing would be kept",
+                "keep_last, keep_best, keep_every_steps and keep_newer_seconds are all 0: nothing would be kept",
                 hint="set at least one of them, e.g. keep_last=5",
             )
 
@@ -86,6 +96,9 @@ class Retention:
         best, note = self._best(sound)
         reasons.add(best, f"one of the best {self.keep_best}")
         reasons.add(_milestones(sound, self.keep_every_steps), f"one every {self.keep_every_steps} steps")
+        reasons.add(self._recent(sound), "recent")
+        for tag in self.keep_tags:
+            reasons.add((info for info in here if tag in info.tags), f"tagged {tag}")
         reasons.add((info for info in here if info.pinned), "pinned")
         reasons.add([info for info in sound if info.save_id in verified][-1:], "the newest verified")
         reasons.add((info for info in here if info.save_id in busy), "still needed")
@@ -102,7 +115,41 @@ class Retention:
     @property
     def limit(self) -> int | None:
         """How many saves of one line are kept at most; None when that grows with the run."""
-        return None if self.keep_every_steps else max(1, self.keep_last + self.keep_best)
+        grows = self.keep_every_steps or self.keep_newer_seconds or self.keep_tags
+        return None if grows else max(1, self.keep_last + self.keep_best)
+
+    @property
+    def words(self) -> str:
+        """The rules as people say them."""
+        parts = []
+        if self.keep_last:
+            parts.append(f"the last {self.keep_last}")
+        if self.keep_best:
+            by = f" by {self.monitor} ({'lowest' if self.mode == 'min' else 'highest'})" if self.monitor else ""
+            parts.append(f"the best {self.keep_best}{by}")
+        if self.keep_every_steps:
+            parts.append(f"one every {self.keep_every_steps} steps")
+        if self.keep_newer_seconds:
+            parts.append(f"those of the last {self.keep_newer_seconds / 3600:.4g} h before the newest")
+        parts += [f"those tagged {tag}" for tag in self.keep_tags]
+        return ", ".join([*parts, "pinned ones"])
+
+    @classmethod
+    def noted(cls, values: object) -> Retention | None:
+        """The rules as somebody noted them with ``asdict``; None if they are of another version."""
+        if not isinstance(values, Mapping) or set(values) - {each.name for each in fields(cls)}:
+            return None
+        try:
+            return cls(**values)
+        except (ConfigError, TypeError):
+            return None
+
+    def _recent(self, line: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
+        """By the clock of who saved, relative to the newest save, so that nobody's clock of today matters."""
+        if not self.keep_newer_seconds or not line:
+            return []
+        newest = max(info.created_at for info in line)
+        return [info for info in line if (newest - info.created_at).total_seconds() <= self.keep_newer_seconds]
 
     def _best(self, line: Sequence[CheckpointInfo]) -> tuple[list[CheckpointInfo], str | None]:
         if not self.keep_best:

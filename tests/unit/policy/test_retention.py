@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -22,7 +24,7 @@ def info(step: int, loss: float | None = None, **fields: object) -> CheckpointIn
         step=step,
         save_id=fields.pop("save_id", f"{step:012x}-1"),  # type: ignore[arg-type]
         # Wall time runs backwards: nothing may depend on it.
-        created_at=BEGIN - timedelta(seconds=step),
+        created_at=fields.pop("created_at", BEGIN - timedelta(seconds=step)),  # type: ignore[arg-type]
         metrics={} if loss is None else {"val_loss": loss},
         tiers=fields.pop("tiers", {"local": "complete"}),  # type: ignore[arg-type]
         **fields,  # type: ignore[arg-type]
@@ -77,6 +79,23 @@ def test_saves_tagged_best_count_when_no_metric_tells() -> None:
 def test_pins_and_the_newest_verified_stay() -> None:
     infos = [info(1, pinned=True), info(2), info(3), info(4)]
     assert kept(Retention(keep_last=1, keep_best=0), infos, verified={infos[1].save_id, infos[2].save_id}) == [1, 3, 4]
+
+
+def test_recent_saves_stay_counted_from_the_newest_and_tagged_ones_for_good() -> None:
+    infos = [info(s, created_at=BEGIN + timedelta(hours=s), tags=("release",) * (s == 1)) for s in (1, 2, 5, 6, 7)]
+    recent = Retention(keep_last=0, keep_best=0, keep_newer_seconds=2 * 3600)
+    assert kept(recent, infos) == [5, 6, 7]
+    assert kept(Retention(keep_last=1, keep_best=0, keep_tags=["release"]), infos) == [1, 7]
+    assert recent.decide(infos, "local").keep[infos[2].save_id] == ("recent",)
+    assert recent.limit is None
+    assert "last 2 h before the newest" in recent.words
+
+
+def test_rules_come_back_from_json_and_those_of_another_version_are_none() -> None:
+    rules = Retention(keep_last=2, keep_tags=("a",), monitor="loss", mode="max")
+    assert Retention.noted(json.loads(json.dumps(asdict(rules)))) == rules
+    assert Retention.noted({"keep_moons": 1}) is None
+    assert Retention.noted({"keep_last": -1}) is None
 
 
 def test_suspect_saves_do_not_push_out_sound_ones() -> None:
