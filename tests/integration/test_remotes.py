@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,23 @@ def test_an_upload_resolves_as_skipped_when_newer_ones_go_first(tmp_path: Path) 
         assert queue_of(tmp_path / "store", "file")["skipped"] == len(skipped)
     with CheckpointStore(None, remote=url) as reader:
         assert [info.step for info in reader.checkpoints()] == [s for s in range(1, 6) if s not in skipped]
+
+
+def test_a_local_copy_that_lost_a_file_is_read_from_the_remote_and_made_whole_again(tmp_path: Path) -> None:
+    root, remote = tmp_path / "store", f"file://{tmp_path}/bucket"
+    with CheckpointStore(root, remote=remote) as store:
+        store.save(state_of(1), 1, wait="remote")
+    [lost] = root.glob("default/step-*/__0_0.distcp")
+    before = lost.read_bytes()
+    lost.unlink()
+    with CheckpointStore(root, remote=remote, config=StoreConfig(agent_idle_exit_seconds=2)) as store:
+        target = state_of(2)
+        info = store.load(target)
+        assert bits(target) == bits(state_of(1))
+        assert info is not None
+        assert set(info.report.bytes_by_source) == {"file"}
+        store.save(target, 2, wait="local")
+        deadline = time.monotonic() + 60
+        while not lost.exists() or lost.read_bytes() != before:
+            assert time.monotonic() < deadline, "the agent did not bring the file back"
+            time.sleep(0.05)

@@ -261,6 +261,10 @@ class AgentClient:
         answer, _ = self._ask({"op": "discard", "save_id": save_id, "reason": reason}, DISK_TIMEOUT_S)
         return bool(answer["discarded"])
 
+    def mend(self, save_id: str) -> None:
+        """Have what the local copy of a save lacks brought from the remotes, in the background."""
+        self._call("mend", save_id=save_id)
+
     def announce(self, save_id: str, level: str) -> None:
         """Tell every rank of this node, ourselves too, that a save has this level on all nodes."""
         self._call("announce", save_id=save_id, level=level)

@@ -249,6 +249,11 @@ class Connection:
         jobs, _ = self._attached()
         return {"discarded": jobs.discard(request["save_id"], str(request["reason"]))}, []
 
+    def _op_mend(self, request: Json) -> Answer:
+        jobs, _ = self._attached()
+        jobs.mend(request["save_id"])
+        return {}, []
+
     def _op_announce(self, request: Json) -> Answer:
         jobs, _ = self._attached()
         jobs.emit(Event("announced", request["save_id"], None, {"level": str(request["level"])}))

@@ -28,6 +28,7 @@ from ckptstore.repo.local import LocalTier
 
 if TYPE_CHECKING:
     from ckptstore.blob.retry import Retry
+    from ckptstore.repo.remote import RemoteTier
 
 log = logging.getLogger("ckptstore.agent")
 
@@ -71,6 +72,7 @@ class RunJobs:
         self._clock = clock
         self._jobs: dict[str, SaveJob] = {}
         self._dropped: dict[str, CkptError] = {}
+        self._mending: set[str] = set()
         self._lost_slots: set[int] = set()
         self._dead_jobs: set[str] = set()
 
@@ -385,6 +387,31 @@ class RunJobs:
                 self.last_local = summary
         self.emit(Event("local", summary.save_id, summary.step, {"summary": summary.model_dump(mode="json")}))
 
+    def mend(self, save_id: str) -> None:
+        """Bring files that the local copy of a save has lost back from the remotes, in a thread; once at a time."""
+        names.check_save_id(save_id)
+        with self._condition:
+            if save_id in self._mending:
+                return
+            self._mending.add(save_id)
+        threading.Thread(target=self._mend, args=(save_id,), name=f"mend-{save_id}", daemon=True).start()
+
+    def _mend(self, save_id: str) -> None:
+        from ckptstore.repo.fetch import pull
+
+        remotes: list[RemoteTier] = []
+        try:
+            remotes += [uploader.apart() for uploader in list(self.uploaders.values())]
+            if remotes:
+                log.info("the local copy of save %s is whole again: %s", save_id, pull(remotes, save_id, self._tier))
+        except CkptError as error:
+            log.warning("the local copy of save %s stays as it is: %s", save_id, error)
+        finally:
+            for remote in remotes:
+                remote.blob.close()
+            with self._condition:
+                self._mending.discard(save_id)
+
     def complete(self, save_id: str, root_bytes: bytes) -> None:
         """Make a prepared part complete; fine if it is.
 
@@ -433,7 +460,7 @@ class RunJobs:
         """Whether anything is staged, or can be uploaded now."""
         with self._condition:
             filling = any(g.state is State.FILLING for s in self.slots.values() for g in s.generations)
-            return filling or bool(self._jobs) or any(u.has_work() for u in self.uploaders.values())
+            return filling or bool(self._jobs or self._mending) or any(u.has_work() for u in self.uploaders.values())
 
     def is_staging(self) -> bool:
         """Whether a save has a seal and no end yet."""

@@ -70,6 +70,13 @@ class RemoteLine:
             self._remote = RemoteTier(blob, self._run, self._name)
         return self._remote
 
+    def apart(self) -> RemoteTier:
+        """A connection of its own, for work beside the uploads; close its ``blob``."""
+        from ckptstore.blob import open_blob_store
+        from ckptstore.repo.remote import RemoteTier
+
+        return RemoteTier(open_blob_store(self._url, environ=dict(self._environ)), self._run, self._name)
+
     def hang_up(self) -> None:
         """Forget the connection, and what was remembered of the remote."""
         if self._remote is not None:

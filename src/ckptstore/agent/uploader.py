@@ -129,6 +129,10 @@ class Uploader:
                 upload.due, upload.is_reported = 0.0, False
             self._condition.notify_all()
 
+    def apart(self) -> RemoteTier:
+        """The remote on a connection of its own; close its ``blob``."""
+        return self._line.apart()
+
     def hurry(self, deadline: float | None) -> None:
         """By then (on the monotonic clock) everything ends: do what can be finished; None: there is time."""
         with self._condition:

@@ -140,6 +140,14 @@ class AgentLink:
             except CkptError as error:
                 log.debug("releasing an arena generation failed: %s", error)
 
+    def mend(self, save_id: str) -> None:
+        """Have the local copy of a save made whole from the remotes meanwhile, as far as that is possible."""
+        if self._client is not None:
+            try:
+                self._client.mend(save_id)
+            except CkptError as error:
+                log.debug("mending save %s failed: %s", save_id, error)
+
     def discard(self, save_id: str, reason: str) -> None:
         """Tell everybody that this rank's part of a save will not come."""
         said = f"rank {self._rank}: {reason}"

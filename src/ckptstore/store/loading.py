@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from mmap import mmap
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.loader import load_into
@@ -78,6 +78,18 @@ def choose(tiers: Tiers, step: StepLike) -> tuple[Record, CheckpointReader, tupl
     raise passed.verdict()
 
 
+class Loaded(NamedTuple):
+    """What was loaded.
+
+    Attributes:
+        is_torn_here: the local copy lacks files that a remote has.
+    """
+
+    info: CheckpointInfo
+    record: Record
+    is_torn_here: bool
+
+
 def load(
     tiers: Tiers,
     agreement: Agreement,
@@ -89,7 +101,7 @@ def load(
     strict: bool,
     missing_ok: bool,
     once_per_job: bool = False,
-) -> tuple[CheckpointInfo, Record] | None:
+) -> Loaded | None:
     """Collective. Fill ``state`` from the save that rank 0 chooses; None for an empty run with ``missing_ok``.
 
     The local tiers of the job's nodes count as one. A rank reads what its own node holds; the rest comes from ranks of
@@ -101,6 +113,7 @@ def load(
     if opened is None:
         return None
     with opened.reader as reader:
+        is_torn = _is_torn_here(opened.record, reader)
         report = load_into(
             state,
             reader,
@@ -112,7 +125,14 @@ def load(
         )
     if opened.passed:
         report = replace(report, passed_over=opened.passed)
-    return replace(opened.record.info(), report=report), opened.record
+    return Loaded(replace(opened.record.info(), report=report), opened.record, is_torn)
+
+
+def _is_torn_here(record: Record, reader: CheckpointReader) -> bool:
+    """Whether this node's copy has lost whole files. Of several nodes each holds its own part only: unknown."""
+    if record.local is None or record.summary.num_nodes > 1 or not record.remote:
+        return False
+    return len(reader.ranks_here) < reader.world_size
 
 
 @dataclass(frozen=True)

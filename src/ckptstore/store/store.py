@@ -88,6 +88,7 @@ class CheckpointStore:
         self._lock = threading.RLock()
         self._tiers_lock = threading.Lock()
         self._session: Session | None = None
+        self._torn: str | None = None  # the save that was loaded, if its local copy has lost files
         self._agreement: Agreement | None = None
         self._tiers: Tiers | None = None
         self._closed = False
@@ -161,6 +162,9 @@ class CheckpointStore:
             if wait is not None:
                 check_level(wait, self.remotes)
             session = self._open_session(self.local)
+            torn, self._torn = self._torn, None
+            if torn is not None and self.is_node_leader:
+                session.link.mend(torn)
             handle = session.save(state, step, epoch=epoch, metrics=metrics, tags=tags, emergency=emergency)
         if wait is not None:
             handle.wait(wait)
@@ -275,10 +279,12 @@ class CheckpointStore:
             )
             if loaded is None:
                 return None
-            info, record = loaded
-            summary = record.summary
+            summary = loaded.record.summary
+            if loaded.is_torn_here:
+                log.warning("the local copy of step %s lacks files; the next save has them fetched", summary.step)
+                self._torn = summary.save_id
             self._timeline.resumed(Parent(save_id=summary.save_id, timeline=summary.timeline, step=summary.step))
-            return info
+            return loaded.info
 
     @eager
     def read(self, step: StepLike = "latest", *, only: Sequence[str] = ()) -> Any:
