@@ -45,10 +45,11 @@ def test_optimizers_keep_every_moment_and_option_when_resharded_and_back(tmp_pat
 def test_misfits_are_told_to_all_ranks_and_change_none_of_them(tmp_path: Path) -> None:
     root, bucket = str(tmp_path / "store"), f"file://{tmp_path}/bucket"
     with CheckpointStore(root, remote=bucket, config=QUICK) as store:
-        store.save(training(0, sharded=False), 1, wait="remote")
+        saved = training(0, sharded=False)
+        store.save(saved, 1, wait="remote")
     for local in (root, None):
         assert run_ranks(2, misfits, local, bucket) == [[], []]
-    assert run_ranks(3, fitting, None, bucket) == [[], [], []]
+    assert run_ranks(3, fitting, None, bucket, seen(saved)) == [[], [], []]
 
 
 def test_each_sharded_checkpoint_is_the_copy_taken_at_its_call(tmp_path: Path) -> None:

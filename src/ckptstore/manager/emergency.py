@@ -29,7 +29,7 @@ class OptimizerGuard:
         self._is_holding = False
         self._counts: dict[int, int] = {}
         self._per_mark = 0
-        self._inside: set[int] = set()
+        self._depth: dict[int, int] = {}
         self._handles: list[Any] = []
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
@@ -55,11 +55,12 @@ class OptimizerGuard:
         if self._counts:
             self._per_mark = min(self._counts.values())
             self._counts = dict.fromkeys(self._counts, 0)
+        self._depth.clear()
         self._let_go()
 
     def completed(self) -> int | None:
         """Whole steps since the last mark; None if the state is torn in the middle of one."""
-        if self._inside:
+        if any(self._depth.values()):
             return None
         counts = self._counts.values()
         if counts and not all(counts) and any(counts):
@@ -76,11 +77,12 @@ class OptimizerGuard:
         if not self._is_holding:
             self._children.hold()
             self._is_holding = True
-        self._inside.add(id(optimizer))
+        self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._inside.discard(id(optimizer))
-        if id(optimizer) in self._counts:
+        # Where a class calls its parent's step, torch runs the hooks of both.
+        depth = self._depth[id(optimizer)] = max(0, self._depth.get(id(optimizer), 0) - 1)
+        if depth == 0 and id(optimizer) in self._counts:
             self._counts[id(optimizer)] += 1
 
     def _let_go(self) -> None:

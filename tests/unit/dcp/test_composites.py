@@ -36,9 +36,8 @@ class Untrusted(TwoTensor):
 
 @pytest.fixture
 def trusted() -> Any:
-    torch.serialization.add_safe_globals([TwoTensor, Copying])
-    yield
-    torch.serialization.clear_safe_globals()
+    with torch.serialization.safe_globals([TwoTensor, Copying]):
+        yield
 
 
 LIVE = {

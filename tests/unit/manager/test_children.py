@@ -121,6 +121,7 @@ def test_a_step_is_finished_before_a_death_is_told(watch: ChildWatch) -> None:
     Loader()
     guard = OptimizerGuard(watch)
     model = nn.Linear(2, 2)
+    torch.optim.SGD(model.parameters(), lr=0.1)  # from now on torch runs the hooks of Dying.step and of SGD.step
     optimizer = Dying(model.parameters(), lr=0.1)
     guard.watch([optimizer])
     optimizer.step()
