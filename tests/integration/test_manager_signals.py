@@ -116,8 +116,10 @@ def test_a_step_is_finished_and_saved_when_a_loader_worker_dies_in_the_middle_of
     with job(tmp_path, "--workers", "2", "--every", "1000", "--worker-dies-at", "8") as running:
         returncode, err = running.end()
     assert returncode == 1, err
-    assert re.search(r"Error after step 8: safe: local 8", err), err
-    assert resumed(tmp_path)["step"] == 8
+    # Torch may notice only at the next batch, and a batch that was ready is one step more: but no step is torn.
+    found = re.search(r"Error after step (8|9): safe: local \1;", err)
+    assert found, err
+    assert resumed(tmp_path)["step"] == int(found[1])
 
 
 def test_an_exception_saves_the_last_step(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 
@@ -30,6 +30,11 @@ class ChildWatch:
         self._before: Any = None
         self._thread: int | None = None
         self._pid = 0
+        self._shelters: set[CodeType] = set()
+
+    def shelter(self, function: Callable[..., Any]) -> None:
+        """Nothing is told inside this function, not even at its first instruction, where it can't hold yet."""
+        self._shelters.add(function.__code__)
 
     def begin(self) -> None:
         """The block is entered."""
@@ -72,6 +77,13 @@ class ChildWatch:
         self._thread = self._ours = None
         self._depth, self._has_news, self._is_over = 0, False, True
 
+    def _is_sheltered(self, frame: FrameType | None) -> bool:
+        while frame is not None:
+            if frame.f_code in self._shelters:
+                return True
+            frame = frame.f_back
+        return False
+
     def _cover(self) -> None:
         current = signal.getsignal(signal.SIGCHLD)
         if current is self._ours or not callable(current):
@@ -79,7 +91,7 @@ class ChildWatch:
 
         def noted(number: int, frame: FrameType | None) -> None:
             is_ours = self._thread is not None and os.getpid() == self._pid
-            if is_ours and (self._depth or self._is_over):
+            if is_ours and (self._depth or self._is_over or self._is_sheltered(frame)):
                 self._has_news = True
             else:
                 current(number, frame)

@@ -135,6 +135,7 @@ class CheckpointManager:
         )
         self._tracked, self._progress, self._voice = parts.tracked, parts.progress, parts.voice
         self._scalars, self._children, self._guard = parts.scalars, parts.children, parts.guard
+        self._children.shelter(CheckpointManager.__exit__)
         self._saver = Saver(parts, on_failure=on_save_failure, max_failures=max_save_failures)
         self._loading = Loading(parts, monitor=monitor, mode=mode)
         self._block = Block(

@@ -96,6 +96,21 @@ def test_a_handler_that_is_put_over_ours_is_held_back_too(watch: ChildWatch) -> 
     assert (first.told, second.told) == (1, 1)
 
 
+def test_nothing_is_told_at_the_first_instruction_of_an_ending(watch: ChildWatch) -> None:
+    loader = Loader()
+
+    def leave() -> None:
+        child_dies()  # as late as the function's own hold can't be earlier
+
+    watch.shelter(leave)
+    with watch:
+        pass
+    leave()
+    assert loader.told == 0
+    with pytest.raises(RuntimeError):
+        child_dies()
+
+
 def test_the_handler_is_given_back(watch: ChildWatch) -> None:
     loader = Loader()
     with watch:
