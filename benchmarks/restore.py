@@ -243,7 +243,7 @@ def warm(bench: Bench) -> dict[str, Any]:
             bench.rounds,
         )
     finally:
-        subprocess.run([sys.executable, "-m", "ckptstore.cli", "-q", "agent", "stop", str(root)], check=False)
+        subprocess.run([sys.executable, "-m", "ckptstore.cli", "-q", "-s", str(root), "agent", "stop"], check=False)
     return {**result, "times_as_fast_as": ratios(result, "ckptstore", ["dcp.load"])}
 
 

@@ -255,8 +255,10 @@ def first(kind: str, bench: Bench, mib: int) -> dict[str, Any]:
     before = pss_bytes(os.getpid())
     began = time.perf_counter()
     if kind == "async":
-        async_default(prebuilt, bench.path())()
-        return {"stall_seconds": time.perf_counter() - began}
+        wait = async_default(prebuilt, bench.path())
+        stall = time.perf_counter() - began
+        wait()
+        return {"stall_seconds": stall}
     store = bench.store("ours-first")
     handle = store.save(prebuilt, 1)
     stall = time.perf_counter() - began

@@ -359,3 +359,13 @@ def test_saving_works_when_the_process_holds_more_than_a_thousand_descriptors(tm
         for fd in held:
             os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_values_are_those_of_their_own_save_when_they_change_by_type_or_order_alone(tmp_path: Path) -> None:
+    many = {f"t{i}": torch.ones(2) for i in range(20)}
+    values: list[Any] = [1, 1, True, 1.0, 0.0, -0.0, {"a": 1, "b": 2}, {"b": 2, "a": 1}, 1]
+    with CheckpointStore(tmp_path / "store", config=StoreConfig(agent_idle_exit_seconds=2)) as store:
+        for step, value in enumerate(values):
+            store.save({"many": many, "value": value}, step)
+        store.wait("local")
+        assert [repr(store.read(step)["value"]) for step in range(len(values))] == [repr(value) for value in values]

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ckptstore.agent.protocol import (
     SealRequest,
     close_fds,
     error_from_wire,
+    is_same_tree,
     layout_id_of,
     pieces_to_wire,
 )
@@ -68,6 +70,7 @@ class AgentClient:
         self._is_forked = False
         self._arena: Arena | None = None
         self._is_touched = False
+        self._tree: Json | None = None  # of the last seal: with many tensors, sending it again costs most of a seal
         self._touching = threading.Event()
         self._config = StoreConfig()
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
@@ -245,7 +248,12 @@ class AgentClient:
             SaveFailedError: the save was dropped meanwhile; the generation is free.
             TransientError: the agent was lost; whether it got the seal is unknown.
         """
-        self._call("seal", generation=generation, seal=request.to_wire())
+        tree = request.tree
+        is_same = tree is not None and is_same_tree(tree, self._tree)
+        wire = replace(request, tree=None) if is_same else request
+        self._tree = None  # unless it is known to have got there
+        self._call("seal", generation=generation, seal=wire.to_wire(), same_tree=is_same)
+        self._tree = tree
 
     def _touch(self) -> None:
         """Once the first save is on disk, which nothing may slow down: bring all pages for the saves to come."""

@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptstore._version import __version__
@@ -242,7 +243,11 @@ class Connection:
 
     def _op_seal(self, request: Json) -> Answer:
         jobs, attachment = self._attached()
-        jobs.seal(attachment, request["generation"], SealRequest.from_wire(request["seal"]))
+        seal = SealRequest.from_wire(request["seal"])
+        if request.get("same_tree"):
+            seal = replace(seal, tree=attachment.tree)
+        attachment.tree = seal.tree
+        jobs.seal(attachment, request["generation"], seal)
         return {}, []
 
     def _op_discard(self, request: Json) -> Answer:

@@ -10,6 +10,7 @@ from typing import Protocol
 from ckptstore.agent.arena import Generation, Slot
 from ckptstore.agent.protocol import Event, SealRequest
 from ckptstore.errors import ConfigError
+from ckptstore.format.manifest import Json
 from ckptstore.format.stock import Layout, PieceSpec
 from ckptstore.repo import names
 
@@ -30,6 +31,8 @@ class Attachment:
     rank: int | None = None
     last: tuple[str, int] | None = None
     """save_id and step of its last seal."""
+    tree: Json | None = None
+    """The state tree of its last seal."""
 
 
 @dataclass(frozen=True)

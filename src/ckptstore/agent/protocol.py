@@ -269,3 +269,20 @@ def close_fds(fds: Sequence[int]) -> None:
     for fd in fds:
         with suppress(OSError):
             os.close(fd)
+
+
+def is_same_tree(one: Any, other: Any) -> bool:
+    """Whether two encoded state trees are the same to the last type and order, which ``==`` does not tell.
+
+    Parts that are one object in both, such as long runs of names, are not looked at.
+    """
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if type(one) is dict:
+        pairs = zip(one.items(), other.items(), strict=False)
+        return len(one) == len(other) and all(a == b and is_same_tree(x, y) for (a, x), (b, y) in pairs)
+    if type(one) is list:
+        return len(one) == len(other) and all(map(is_same_tree, one, other))
+    return repr(one) == repr(other)

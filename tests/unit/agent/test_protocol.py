@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -43,6 +44,23 @@ def pair() -> Iterator[Pair]:
     yield channels
     for channel in channels:
         channel.close()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ({"a": [1, "x"]}, {"a": [1, "x"]}, True),
+        ({"a": 1}, {"a": True}, False),
+        ({"a": 1}, {"a": 1.0}, False),
+        ({"a": 0.0}, {"a": -0.0}, False),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, False),
+        ({"a": [1]}, {"a": [1, 2]}, False),
+        ({"a": None}, None, False),
+    ],
+)
+def test_trees_are_the_same_only_to_the_last_type_and_order(one: Any, other: Any, is_same: bool) -> None:
+    assert protocol.is_same_tree(one, other) is is_same
+    assert protocol.is_same_tree(other, one) is is_same
 
 
 @given(st.dictionaries(st.text(), json_values, max_size=4))
