@@ -20,24 +20,22 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-for _threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_threads, "1")
-sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy and torch are imported
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import xxhash  # noqa: E402
-import zstandard  # noqa: E402
-from torch.distributed.checkpoint._extension import ZStandard  # noqa: E402
-from training_states import Size, State, load_or_make  # noqa: E402
+import numpy as np
+import xxhash
+import zstandard
+from torch.distributed.checkpoint._extension import ZStandard
+from training_states import Size, State, load_or_make
 
-from ckptstore.codec import decode, encode  # noqa: E402
+from ckptstore.codec import decode, encode
 
 CHUNK_ELEMENTS = 1 << 20
 WIDTH = {"bfloat16": 2, "float32": 4}

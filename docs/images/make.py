@@ -12,28 +12,28 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
+
+import numpy as np
+from dashboard_server import Served, eventually, served
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
+from ckptstore.blob import open_blob_store
+from ckptstore.clock import rfc3339
+from ckptstore.config import StoreConfig
+from ckptstore.dashboard.guard import new_token
+from ckptstore.dashboard.picture import draw
+from ckptstore.dashboard.report import gather
+from ckptstore.format.manifest import Parent
+from ckptstore.ops.history import note_restored
+from ckptstore.repo import journal, timings
+from ckptstore.repo.local import LocalTier
+from ckptstore.repo.remote import RemoteTier
+from ckptstore.repo.upload import push
+from ckptstore.testing.checkpoints import write_checkpoint
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "tests" / "support"))
-
-import numpy as np  # noqa: E402
-from dashboard_server import Served, eventually, served  # noqa: E402
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-
-from ckptstore.blob import open_blob_store  # noqa: E402
-from ckptstore.clock import rfc3339  # noqa: E402
-from ckptstore.config import StoreConfig  # noqa: E402
-from ckptstore.dashboard.guard import new_token  # noqa: E402
-from ckptstore.dashboard.picture import draw  # noqa: E402
-from ckptstore.dashboard.report import gather  # noqa: E402
-from ckptstore.format.manifest import Parent  # noqa: E402
-from ckptstore.ops.history import note_restored  # noqa: E402
-from ckptstore.repo import journal, timings  # noqa: E402
-from ckptstore.repo.local import LocalTier  # noqa: E402
-from ckptstore.repo.remote import RemoteTier  # noqa: E402
-from ckptstore.repo.upload import push  # noqa: E402
-from ckptstore.testing.checkpoints import write_checkpoint  # noqa: E402
-
 TOKEN = new_token()
 FIRST, SECOND = "5f2c9a41d0be", "77e0c3b8aa12"
 BEGUN = datetime.now(timezone.utc) - timedelta(hours=7.5)

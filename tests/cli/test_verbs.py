@@ -59,7 +59,7 @@ def test_list_tells_which_rule_keeps_what(tmp_path: Path) -> None:
     tier.create()
     for step in (1, 2, 3):
         write_checkpoint(tier, {"x": np.ones(8, np.float32)}, run="r", step=step, save_id=f"{'a' * 12}-{step}")
-    assert "nothing is dropped but by" in ckptctl("list", tier.root, "--why").out
+    assert "the rules are not known here" in ckptctl("list", tier.root, "--why").out
     rules = asdict(Retention(keep_last=2, keep_best=0))
     journal.append(tier, "r", "rules", [{"time": "2026-01-01T00:00:00.000Z", "local": rules, "remote": rules}])
     said = ckptctl("list", tier.root, "--why").out.splitlines()[-3:]

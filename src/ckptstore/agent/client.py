@@ -255,7 +255,7 @@ class AgentClient:
         self._call("seal", generation=generation, seal=wire.to_wire(), same_tree=is_same)
         self._tree = tree
 
-    def _touch(self) -> None:
+    def _bring_pages(self) -> None:
         """Once the first save is on disk, which nothing may slow down: bring all pages for the saves to come."""
         with self._lock:
             if self._arena is None or self._arena.is_on_disk or self._is_touched:
@@ -429,7 +429,7 @@ class AgentClient:
     def _deliver(self) -> None:
         while (event := self._events.get()) is not None:
             if event.kind in ("local", "prepared"):
-                self._touch()
+                self._bring_pages()
             try:
                 self._on_event(event)
             except Exception:

@@ -13,7 +13,7 @@ GOING = "no rule keeps it"
 def why_kept(place: Place, run: str) -> dict[str, dict[str, tuple[str, ...]]]:
     """save_id -> tier -> the reasons; :data:`GOING` for what the next retention of that tier will drop.
 
-    Empty when no manager has saved in this run on this machine: then nothing is dropped but by hand.
+    Empty when no manager has saved in this run on this machine: then the rules are another machine's to know.
     """
     noted = journal.read(place.local, run, "rules") if place.local is not None else []
     if not noted or place.local is None:

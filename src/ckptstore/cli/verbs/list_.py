@@ -84,7 +84,7 @@ def command(settings: Settings, everything: bool, wants_reasons: bool) -> None:
 
 def _print_reasons(infos: Sequence[CheckpointInfo], kept: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
     if not kept:
-        print("no manager has noted rules here: nothing is dropped but by `ckptctl delete`")
+        print("no manager has saved in this run on this machine: the rules are not known here")
         return
     rows = []
     for info in infos:
