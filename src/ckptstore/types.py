@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 #: Levels of durability, weakest first.
 Level = Literal["staged", "local", "remote"]
-LEVELS: tuple[Level, ...] = ("staged", "local", "remote")
 
 TierState = Literal["complete", "prepared", "uploading", "partial", "damaged", "absent"]
 

@@ -83,7 +83,6 @@ class Hooks:
         self._waiting: deque[dict[str, Any]] = deque(maxlen=MAX_WAITING)
         self._told: dict[tuple[str, ...], float] = {}
         self._sizes: dict[str, int] = {}
-        self._is_telling = False
         self._is_closing = False
         self._thread: threading.Thread | None = None
 

@@ -121,7 +121,6 @@ class Source:
         self.local = None if place.local is None else RememberedLocal(place.local.root, clock)
         self.agent = AgentWatch(None if place.local is None else place.local.root, clock)
         self.journals = Journals(self.local)
-        self._remote_seconds = remote_seconds
         self._remotes: dict[str, tuple[RememberedRemote, ...]] = {}
         self._remote_runs: tuple[str, ...] | None = None if place.blobs else ()
         self._remote_error: CkptError | None = None

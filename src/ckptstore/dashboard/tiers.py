@@ -87,7 +87,6 @@ class RememberedRemote(RemoteTier):
         self.revision = 0
         self._saves: list[RemoteSave] = []
         self._pins: set[str] = set()
-        self._timelines: list[int] = []
         self._summaries: dict[str, Summary] = {}
         self._roots: dict[str, RootManifest] = {}
 

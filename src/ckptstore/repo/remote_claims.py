@@ -59,10 +59,6 @@ class RemoteClaims(RemoteRun):
             self._renewed[save_id] = now
         self.blob.put(self._prefix + intent_key(save_id), _intent(save_id))
 
-    def holds_intent(self, save_id: str) -> bool:
-        """Whether this save's intent is there."""
-        return self.blob.head(self._prefix + intent_key(save_id)) is not None
-
     def intents(self) -> dict[str, datetime]:
         """Saves under way, with the server's time of their last word; one LIST.
 
