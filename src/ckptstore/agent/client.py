@@ -1,19 +1,17 @@
 """A trainer's line to its node agent.
 
-One thread receives, one delivers events, and every call may be made from any thread; none of them waits for ever. When
-the connection is lost pending calls raise TransientError, ``on_event`` is told once, and the client stays dead: connect
-a new one. In a forked child a client is dead from the start and owns nothing.
+Every call may be made from any thread, and none of them waits for ever. When the connection is lost pending calls raise
+TransientError, ``on_event`` is told once, and the client stays dead: connect a new one. In a forked child a client is
+dead from the start and owns nothing.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import queue
 import threading
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 from ckptstore._version import __version__
 from ckptstore.agent.arena import Arena, populate
+from ckptstore.agent.conversation import Answer, Conversation, EventCallback
 from ckptstore.agent.protocol import (
     PROTOCOL,
     Channel,
@@ -44,10 +43,6 @@ DISK_TIMEOUT_S = 120.0
 #: Added to waits that the agent bounds itself.
 SLACK_S = 15.0
 
-EventCallback = Callable[[Event], None]
-
-_clients: weakref.WeakSet[AgentClient] = weakref.WeakSet()
-
 
 class AgentClient:
     """One rank's connection. Make it with :meth:`connect` or :meth:`observe`.
@@ -60,25 +55,14 @@ class AgentClient:
     def __init__(self, channel: Channel, on_event: EventCallback, hello: Json) -> None:
         self.agent_id: str = hello["agent_id"]
         self.agent_pid: int = hello["pid"]
-        self._channel = channel
         self._on_event = on_event
         self._lock = threading.Lock()
-        self._pending: dict[int, queue.SimpleQueue[tuple[Json, list[int]] | None]] = {}
-        self._next_id = 1
-        self._is_lost = False
-        self._is_closing = False
-        self._is_forked = False
         self._arena: Arena | None = None
         self._is_touched = False
         self._tree: Json | None = None  # of the last seal: with many tensors, sending it again costs most of a seal
         self._touching = threading.Event()
         self._config = StoreConfig()
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._receive, name="ckptstore-agent-reader", daemon=True)
-        self._deliverer = threading.Thread(target=self._deliver, name="ckptstore-agent-events", daemon=True)
-        self._reader.start()
-        self._deliverer.start()
-        _clients.add(self)
+        self._conversation = Conversation(channel, self._heard)
 
     # ------------------------------------------------------------------ connecting
 
@@ -336,29 +320,26 @@ class AgentClient:
     def stop(self, timeout_s: float) -> bool:
         """Have the agent leave when its work is done, at the latest after ``timeout_s``; whether it has left."""
         self._call("stop", timeout_s=timeout_s)
-        self._reader.join(timeout_s + SLACK_S)
-        return self._is_lost
+        self._conversation.join(timeout_s + SLACK_S)
+        return self.is_lost
 
     @property
     def is_lost(self) -> bool:
         """Whether the connection is gone."""
-        return self._is_lost
+        return self._conversation.is_lost
 
     def close(self) -> None:
         """End the connection; what is sealed goes on. Copies into the arena must have ended. Idempotent."""
-        if self._is_forked or self._is_closing:
+        if self._conversation.is_closing:
             return
-        self._is_closing = True
-        if not self._is_lost:
+        self._conversation.is_closing = True
+        if not self.is_lost:
             with suppress(CkptError):
                 self._call("bye")
         self._abandon()
 
     def _abandon(self) -> None:
-        self._is_closing = True
-        self._channel.shutdown()
-        if threading.current_thread() is not self._reader:
-            self._reader.join(5.0)
+        self._conversation.hang_up()
         self._touching.set()
         self._arena = None
 
@@ -367,80 +348,13 @@ class AgentClient:
     def _call(self, op: str, **arguments: Any) -> Json:
         return self._ask({"op": op, **arguments}, ANSWER_TIMEOUT_S)[0]
 
-    def _ask(self, request: Json, timeout_s: float) -> tuple[Json, list[int]]:
-        if self._is_forked:
-            raise TransientError("this connection belongs to the parent process")
-        inbox: queue.SimpleQueue[tuple[Json, list[int]] | None] = queue.SimpleQueue()
-        with self._lock:
-            if self._is_lost:
-                raise _lost()
-            number, self._next_id = self._next_id, self._next_id + 1
-            self._pending[number] = inbox
-        try:
-            try:
-                self._channel.send({"id": number, **request})
-            except OSError as error:
-                if isinstance(error, CkptError):
-                    raise
-                raise _lost() from None
-            try:
-                received = inbox.get(timeout=timeout_s)
-            except queue.Empty:
-                raise TransientError(
-                    f"the node agent did not answer {request['op']!r} within {timeout_s:.0f} s", reason="timeout"
-                ) from None
-        finally:
-            with self._lock:
-                self._pending.pop(number, None)
-        if received is None:
-            raise _lost()
-        answer, fds = received
-        if "error" in answer:
-            raise error_from_wire(answer["error"])
-        result: Json = answer["ok"]
-        return result, fds
+    def _ask(self, request: Json, timeout_s: float) -> Answer:
+        return self._conversation.ask(request, timeout_s)
 
-    def _receive(self) -> None:
-        try:
-            while (received := self._channel.receive()) is not None:
-                message, fds = received
-                if "event" in message:
-                    self._events.put(Event.from_wire(message["event"]))
-                    continue
-                with self._lock:
-                    inbox = self._pending.get(message.get("id", 0))
-                if inbox is None:
-                    close_fds(fds)  # the caller gave up waiting
-                else:
-                    inbox.put((message, fds))
-        except (OSError, CkptError):
-            pass  # all the same to our callers: the connection is gone
-        finally:
-            with self._lock:
-                self._is_lost = True
-                waiting = list(self._pending.values())
-            for inbox in waiting:
-                inbox.put(None)
-            if not self._is_closing:
-                self._events.put(Event("lost"))
-            self._events.put(None)
-            self._channel.close()
-
-    def _deliver(self) -> None:
-        while (event := self._events.get()) is not None:
-            if event.kind in ("local", "prepared"):
-                self._bring_pages()
-            try:
-                self._on_event(event)
-            except Exception:
-                import logging
-
-                logging.getLogger("ckptstore").exception("handling an event of the node agent")
-
-    def _forget_in_child(self) -> None:
-        self._is_forked = self._is_lost = self._is_closing = True
-        self._lock = threading.Lock()
-        self._channel.close()
+    def _heard(self, event: Event) -> None:
+        if event.kind in ("local", "prepared"):
+            self._bring_pages()
+        self._on_event(event)
 
 
 def _hook_environment(config: StoreConfig) -> dict[str, str]:
@@ -483,16 +397,3 @@ def _touch(generations: Sequence[mmap.mmap], stop: threading.Event) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     for memory in generations:
         populate(memory, stop)
-
-
-def _lost() -> TransientError:
-    return TransientError("the connection to the node agent is gone", hint="connect again; a new agent is started")
-
-
-def _after_fork_in_child() -> None:
-    for client in list(_clients):
-        client._forget_in_child()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

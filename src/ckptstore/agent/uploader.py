@@ -11,7 +11,6 @@ reported once per save and tried again slowly, or when a trainer brings new cred
 from __future__ import annotations
 
 import logging
-import random
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,6 +22,7 @@ from ckptstore.agent.line import RemoteLine
 from ckptstore.agent.pending import Upload, dropped_there, left_out, may_leave_out, remote_rules
 from ckptstore.agent.protocol import Event
 from ckptstore.agent.sending import order, send, trim_memory, uploaded
+from ckptstore.agent.trouble import REFUSED_PAUSE_SECONDS, Trouble
 from ckptstore.clock import Clock, parse_rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CkptError, ConfigError, CredentialsError, NoStoreError, TransientError
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptstore.agent")
 
-MAX_PAUSE_SECONDS = 60.0
-#: After a refusal: somebody has to do something, and may do it without telling us.
-REFUSED_PAUSE_SECONDS = 300.0
 MAX_POLL_SECONDS = 15.0
 
 
@@ -87,12 +84,7 @@ class Uploader:
         self._begun = 0
         self._is_reopened = False
         self._is_stopping = False
-        self._is_refused = False
-        self._pause_until = 0.0
-        self._failures = 0
-        self._away_since: float | None = None
-        """When the remote stopped answering; on the monotonic clock."""
-        self._error: CkptError | None = None
+        self._trouble = Trouble()
         self._thread = threading.Thread(target=self._loop, name=f"upload-{run}-{name}", daemon=True)
         self._thread.start()
 
@@ -111,8 +103,8 @@ class Uploader:
         """The local tier has a new save."""
         with self._condition:
             self._news += 1
-            if self._is_refused:
-                self._pause_until = 0.0  # one try for each new save, so that its trainer hears of the refusal
+            if self._trouble.is_refused:
+                self._trouble.pause_until = 0.0  # one try for each new save, so that its trainer hears of the refusal
             self._condition.notify_all()
 
     def refresh(self, environ: Mapping[str, str], config: StoreConfig) -> None:
@@ -122,9 +114,7 @@ class Uploader:
             self._config = config
             self._news += 1
             self._is_reopened = True
-            self._is_refused = False
-            self._pause_until = 0.0
-            self._failures, self._away_since = 0, None
+            self._trouble.try_again()
             for upload in self._uploads.values():
                 upload.due, upload.is_reported = 0.0, False
             self._condition.notify_all()
@@ -152,7 +142,7 @@ class Uploader:
         been away for too long."""
         with self._condition:
             now = self._clock.monotonic()
-            if self._is_refused or self._is_given_up(now):
+            if self._trouble.is_refused or self._trouble.has_lasted(now, self._config.upload_give_up_seconds):
                 return False
             return self._seen < self._news or any(upload.is_workable(now) for upload in self._uploads.values())
 
@@ -173,7 +163,7 @@ class Uploader:
             queue = sorted(self._uploads.values(), key=attrgetter("age"), reverse=True)
             created = [u.save.summary.created_at for u in queue if u.save.summary is not None]
             ages = [(now - parse_rfc3339(text)).total_seconds() for text in created]
-            error = self._error
+            error = self._trouble.error
             rate = self._line.pace.sent_bytes_per_s
             cap = self._line.cap(self._config)
             plain_left, waiting = sum(u.plain_left for u in queue), sum(u.waiting_bytes for u in queue)
@@ -184,7 +174,7 @@ class Uploader:
                 "eta_seconds": 0.0 if not queue else None if seconds_left is None else round(seconds_left, 3),
                 "skipped": len(self._skipped),
                 "lag_seconds": round(max(ages, default=0.0), 3),
-                "is_refused": self._is_refused,
+                "is_refused": self._trouble.is_refused,
                 "error": None if error is None else {"class": type(error).__name__, "message": error.message},
                 "last_remote": brief(self.last_remote),
                 "queue": [upload.describe() for upload in queue],
@@ -201,8 +191,7 @@ class Uploader:
                     return
             try:
                 self._round()
-                self._failures, self._error, self._is_refused = 0, None, False
-                self._away_since = None
+                self._trouble.is_over()
             except CkptError as error:
                 self._pause(error)
             except Exception as error:
@@ -211,8 +200,8 @@ class Uploader:
 
     def _seconds_to_wait(self) -> float:
         now = self._clock.monotonic()
-        if self._pause_until > now:
-            return self._pause_until - now
+        if self._trouble.pause_until > now:
+            return self._trouble.pause_until - now
         if self._seen < self._news:
             return 0.0
         return min((upload.due - now for upload in self._uploads.values()), default=3600.0)
@@ -221,26 +210,16 @@ class Uploader:
         """The remote as a whole can't be used now."""
         is_refused = not isinstance(error, TransientError)
         with self._condition:
-            self._error = error
-            self._failures += 1
-            now = self._clock.monotonic()
-            self._away_since = None if is_refused else now if self._away_since is None else self._away_since
-            pause = REFUSED_PAUSE_SECONDS if is_refused else _back_off(self._failures, error)
             # What came while we were failing has the last word: credentials that may be right, or a save whose trainer
             # wants to hear of the refusal.
-            if not (self._is_reopened or (is_refused and self._news > self._begun)):
-                self._is_refused = is_refused
-                self._pause_until = self._clock.monotonic() + pause
+            has_news = self._is_reopened or (is_refused and self._news > self._begun)
+            pause = self._trouble.note(error, self._clock.monotonic(), has_news=has_news)
             waiting = list(self._uploads.values())
-        if self._failures == 1 or is_refused:
+        if self._trouble.failures == 1 or is_refused:
             log.warning("remote %s of %s: %s; again in %.0f s", self.name, self.run, error, pause)
         if is_refused:
             for upload in waiting:
                 self._report(upload, error)
-
-    def _is_given_up(self, now: float) -> bool:
-        limit = self._config.upload_give_up_seconds
-        return self._away_since is not None and now - self._away_since >= limit
 
     def _report(self, upload: Upload, error: CkptError) -> None:
         upload.error = error
@@ -370,7 +349,7 @@ class Uploader:
 
     def _push(self, upload: Upload) -> RootManifest | None:
         def going() -> None:
-            self._away_since = None
+            self._trouble.away_since = None
 
         is_cut_short = partial(self._is_cut_short, upload)
         root = send(
@@ -405,9 +384,3 @@ def brief(summary: Summary | None) -> dict[str, Any] | None:
     if summary is None:
         return None
     return {"save_id": summary.save_id, "step": summary.step, "created_at": summary.created_at}
-
-
-def _back_off(failures: int, error: CkptError) -> float:
-    wanted = error.context.get("retry_after_s")
-    least = float(wanted) if isinstance(wanted, (int, float)) else 0.0
-    return max(least, min(MAX_PAUSE_SECONDS, 2.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1.0))  # noqa: S311

@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import xxhash
 from blake3 import blake3
@@ -103,6 +103,18 @@ class Document(BaseModel):
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+class Marker(Document):
+    """What lies at the top of every store. Nothing is taken for granted: an empty document is somebody else's."""
+
+    format: Literal["ckptstore"]
+    version: int = Field(ge=1)
+
+    @classmethod
+    def ours(cls) -> Marker:
+        """Of stores made now."""
+        return cls(format="ckptstore", version=FORMAT_VERSION)
 
 
 class Parent(Document):

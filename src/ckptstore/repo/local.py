@@ -10,33 +10,26 @@ Safe for several processes and threads: every change is one atomic step of the f
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ckptstore.clock import SYSTEM_CLOCK, Clock, new_nonce
+from ckptstore.clock import SYSTEM_CLOCK, Clock
 from ckptstore.errors import CheckpointNotFoundError, FormatError, NoStoreError
 from ckptstore.format.manifest import (
-    FORMAT,
-    FORMAT_VERSION,
     RootManifest,
     ShardManifest,
     ShardRef,
-    canonical,
     check_run_name,
 )
-from ckptstore.repo import directory, durable, holding, names
+from ckptstore.repo import directory, durable, holding, marker, names
 from ckptstore.repo.durable import raise_for_errno, read_bounded
 from ckptstore.repo.local_save import LocalSave, look_at, remove_checkpoint
 
 __all__ = ["LocalSave", "LocalTier"]
 
-MARKER_BYTES = canonical({"format": FORMAT, "version": FORMAT_VERSION})
-_MAX_MARKER_BYTES = 4096
 _MAX_RECORD_BYTES = 64 * 1024
 
 
@@ -61,17 +54,7 @@ class LocalTier:
             FormatError: the marker is damaged, or of a newer version than this ckptstore reads.
             StorageError: it can't be told.
         """
-        file = self.root / names.MARKER
-        try:
-            data = read_bounded(file, _MAX_MARKER_BYTES)
-        except FileNotFoundError:
-            return False
-        except NotADirectoryError:
-            raise FormatError(f"{self.root} is not a directory", path=str(self.root)) from None
-        except OSError as error:
-            raise_for_errno(error, f"can't read {file}")
-        _check_marker(data, str(file))
-        return True
+        return marker.is_there(self.root)
 
     def create(self) -> None:
         """Make the root and its marker, durably; fine if they are there. What else lies there stays untouched.
@@ -82,19 +65,7 @@ class LocalTier:
         """
         if self.exists():
             return
-        try:
-            _make_dirs(self.root)
-            marker = self.root / names.MARKER
-            temporary = self.root / names.temporary_file(names.MARKER, new_nonce())
-            durable.write_new(temporary, MARKER_BYTES)
-            try:
-                _publish(temporary, marker)
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-            durable.fsync_dir(self.root)
-        except OSError as error:
-            raise_for_errno(error, f"can't create a store in {self.root}")
+        marker.leave(self.root)
         self.require()
 
     def require(self) -> None:
@@ -357,45 +328,6 @@ class LocalTier:
                 yield entries
             except OSError as error:
                 raise_for_errno(error, f"can't list {path}", run=run)
-
-
-def _check_marker(data: bytes, what: str) -> None:
-    try:
-        value = json.loads(data)
-        version = value["version"]
-        ours = value["format"] == FORMAT and isinstance(version, int) and version >= 1
-    except (ValueError, KeyError, TypeError, RecursionError):
-        ours = False
-    if not ours:
-        raise FormatError(
-            f"{what} is not a marker of ckptstore", hint=f"it should hold {MARKER_BYTES.decode()}", key=what
-        )
-    if version > FORMAT_VERSION:
-        raise FormatError(
-            f"{what} was written in format {version}; this ckptstore reads up to {FORMAT_VERSION}",
-            hint="upgrade ckptstore",
-            key=what,
-        )
-
-
-def _publish(temporary: Path, marker: Path) -> None:
-    """Give the marker its name unless somebody else just did; links say so, renames would overwrite."""
-    try:
-        os.link(temporary, marker)
-    except FileExistsError:
-        return
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise
-        os.rename(temporary, marker)  # a file system without hard links
-
-
-def _make_dirs(path: Path) -> None:
-    """``mkdir -p`` with each new name durable. An existing path may lead through symbolic links: it is the user's."""
-    if path.is_dir():
-        return
-    _make_dirs(path.parent)
-    durable.make_dir(path)
 
 
 def _is_ours(name: str) -> bool:

@@ -22,16 +22,10 @@ from ckptstore.format.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_SUMMARY_BYTES,
     Document,
+    Marker,
     check_run_name,
 )
 from ckptstore.repo.remote_names import MARKER
-
-
-class Marker(Document):
-    """What lies at the top of every store."""
-
-    format: Literal["ckptstore"] = "ckptstore"
-    version: int = Field(default=FORMAT_VERSION, ge=1)
 
 
 class News(Document):
@@ -94,7 +88,7 @@ class RemoteRun:
         if self._is_created:
             return
         if not self.exists():
-            self._create_once(MARKER, Marker().encode())
+            self._create_once(MARKER, Marker.ours().encode())
         self._create_empty(f"names/{self.run}")
         self._is_created = True
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckptstore.agent import uploader
+from ckptstore.agent import trouble
 from ckptstore.agent.line import RemoteLine
 from ckptstore.agent.protocol import Event
 from ckptstore.agent.uploader import Uploader
@@ -143,10 +143,11 @@ def test_a_damaged_save_does_not_hold_up_the_others(tier: LocalTier, start: Star
 @pytest.mark.parametrize("failures", range(1, 12))
 def test_pauses_grow_to_a_bound_and_keep_to_what_the_server_asked(failures: int) -> None:
     for _ in range(50):
-        pause = uploader._back_off(failures, TransientError("x"))
-        assert 0.5 <= pause <= uploader.MAX_PAUSE_SECONDS
+        pause = trouble.Trouble(failures=failures - 1).note(TransientError("x"), 0.0, has_news=False)
+        assert 0.5 <= pause <= trouble.MAX_PAUSE_SECONDS
         assert pause <= 2 ** (failures - 1)
-    assert uploader._back_off(failures, TransientError("x", retry_after_s=77.0)) >= 77.0
+    asked = TransientError("x", retry_after_s=77.0)
+    assert trouble.Trouble(failures=failures - 1).note(asked, 0.0, has_news=False) >= 77.0
 
 
 def test_work_goes_on_after_a_transient_failure(tier: LocalTier, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +162,7 @@ def test_work_goes_on_after_a_transient_failure(tier: LocalTier, start: Start, m
         return genuine(self)
 
     monkeypatch.setattr(remote.RemoteTier, "saves", saves)
-    monkeypatch.setattr(uploader, "MAX_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(trouble, "MAX_PAUSE_SECONDS", 0.05)
     url = f"mem://{new_nonce()}"
     save(tier, 1)
     made, events = start(url)

@@ -109,7 +109,7 @@ def test_newer_store_is_refused_before_any_write_when_its_version_is_unknown(tmp
 )
 def test_store_is_refused_when_its_marker_is_not_ours(tmp_path: Path, marker: str) -> None:
     (tmp_path / "ckptstore.json").write_text(marker)
-    with pytest.raises(FormatError, match="not a marker"):
+    with pytest.raises(FormatError, match=r"ckptstore\.json is damaged"):
         LocalTier(tmp_path).create()
 
 

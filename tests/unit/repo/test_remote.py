@@ -108,7 +108,18 @@ def test_nothing_is_written_when_the_store_is_of_a_newer_version(blob: BlobStore
     assert [info.key for info in blob.list()] == ["ckptstore.json"]
 
 
-@pytest.mark.parametrize("marker", [b"", b"{}x", b'{"format":"ckptstore"', b"[1]", b'{"format":"other","version":1}'])
+@pytest.mark.parametrize(
+    "marker",
+    [
+        b"",
+        b"{}",
+        b"{}x",
+        b'{"format":"ckptstore"',
+        b'{"format":"ckptstore"}',
+        b"[1]",
+        b'{"format":"other","version":1}',
+    ],
+)
 def test_store_is_refused_when_its_marker_is_damaged(blob: BlobStore, marker: bytes) -> None:
     blob.put("ckptstore.json", marker)
     with pytest.raises(FormatError):
