@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from crash_jobs import problem_with, read_all, train
 
 from ckptstore import CheckpointStore
@@ -112,15 +113,16 @@ def test_upload_goes_on_when_the_agent_is_killed(tmp_path: Path) -> None:
     root, remote = tmp_path / "store", f"file://{tmp_path}/bucket"
     for round_ in range(5 * SCALE):
         with CheckpointStore(root, remote=remote) as store:
-            state: dict[str, Any] = {"x": list(range(1000)), "step": round_}
-            handle = store.save(state, round_)
+            state: dict[str, Any] = {"x": list(range(1000)), "w": torch.ones(9), "step": round_}
+            handle = store.save(state, 2 * round_)
             handle.wait("local", 60)
             session = store._session
             assert session is not None
             os.kill(session.link.client.agent_pid, signal.SIGKILL)
             store.wait("remote", timeout_s=60)
+            store.save(state, 2 * round_ + 1).wait("local", 30)  # into memory of the agent that has come meanwhile
     with CheckpointStore(None, remote=remote) as store:
-        assert [info.step for info in store.checkpoints()] == list(range(5 * SCALE))
+        assert [info.step for info in store.checkpoints()] == list(range(10 * SCALE))
 
 
 @pytest.fixture

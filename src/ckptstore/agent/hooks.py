@@ -7,6 +7,7 @@ hook's own URL, which often is one, is never logged.
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import shutil
@@ -226,7 +227,7 @@ def _post(targets: Targets, data: bytes) -> str | None:
     except urllib.error.HTTPError as error:
         error.close()
         return f"it answered {error.code}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # its text may hold the address
         reason = getattr(error, "reason", None)
         return type(reason or error).__name__
 

@@ -52,10 +52,14 @@ def send(
     """
     from ckptstore.repo.upload import push
 
+    sent_bytes = 0
+
     def note(progress: Progress) -> None:
+        nonlocal sent_bytes
         upload.progress = progress
         line.pace.note(clock.monotonic(), progress.plain_done, progress.sent_bytes)
-        if progress.sent_bytes:
+        if progress.sent_bytes > sent_bytes:
+            sent_bytes = progress.sent_bytes
             going()
         line.apply_cap(config())
 

@@ -89,10 +89,10 @@ class AgentLink:
             raise TransientError("the node agent is not running", hint="the next save starts one")
         return self._client
 
-    def reconnect(self) -> bool:
-        """Local. Attach if there is no connection; whether there was none: arenas go with their agent."""
+    def reconnect(self) -> None:
+        """Local. Attach if there is no connection. What an earlier agent has lent went with it."""
         if self._client is not None:
-            return False
+            return
         self._client = AgentClient.connect(
             self._root,
             run=self._run,
@@ -103,7 +103,6 @@ class AgentLink:
             on_event=self._on_event,
             rank=self._rank,
         )
-        return True
 
     def meet(self, agreement: Agreement, *, job: str) -> None:
         """Collective. Learn which ranks share an agent; each node's first rank speaks for it."""

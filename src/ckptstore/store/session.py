@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptstore.agent.arena import Arena
+from ckptstore.agent.client import AgentClient
 from ckptstore.agent.protocol import SealRequest
 from ckptstore.clock import SYSTEM_CLOCK, new_nonce, rfc3339
 from ckptstore.config import StoreConfig
@@ -81,6 +82,7 @@ class Session:
         self._plan: Plan | None = None
         self._stage: Stage | None = None
         self._arena: Arena | None = None
+        self._lender: AgentClient | None = None
         self._counter = 0
         self.link = AgentLink(
             root, run=run, rank=self.rank, remotes=self.remotes, config=self.config, committed=committed
@@ -121,8 +123,7 @@ class Session:
             with _timed(call.spans, "reserve"):
                 self.fence.wait()
                 self._raise_earlier_failure()
-                if self.link.reconnect():
-                    self._forget_arena()
+                self.link.reconnect()
                 call.summary = self._summary(call, metrics, tags, emergency)
                 if self._plan is not None:
                     self._reserve(call, self._plan)
@@ -160,12 +161,16 @@ class Session:
     def _reserve(self, call: _Call, plan: Plan) -> None:
         """Local. Take a free arena generation; bounded by the back-pressure policy."""
         timeout = self.config.back_pressure_timeout_s if self.config.back_pressure == "wait" else 0.0
+        client = self.link.client
+        if self._lender is not client:
+            self._forget_arena()  # it went with its agent
         if self._arena is None:
-            self._arena = self.link.client.layout(plan.pieces, timeout_s=self.config.back_pressure_timeout_s)
+            self._lender = client
+            self._arena = client.layout(plan.pieces, timeout_s=self.config.back_pressure_timeout_s)
             self._stage = Stage(plan, self._arena.starts)
             if self._arena.is_on_disk:
                 log.warning("memory is short: saves are staged through the disk and hold training up meanwhile")
-        call.generation = self.link.client.reserve(timeout, save_id=call.save_id)
+        call.generation = client.reserve(timeout, save_id=call.save_id)
 
     def _lay_out(self, call: _Call, plan: Plan) -> bool:
         """Collective. A new structure needs a new arena image on every rank; True if none was free in time."""
