@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from ckptstore.errors import CkptError
 from ckptstore.ops.cost import Cost, cost
 from ckptstore.repo.remote import RemoteTier
+
+log = logging.getLogger("ckptstore.dashboard")
 
 #: A LIST of a long run is dozens of requests, and its answer changes slowly.
 REFRESH_SECONDS = 600.0
@@ -68,6 +71,9 @@ class Costs:
                     bill = Bill(remote.name, cost(remote, self.prices), None, self._clock())
                 except CkptError as error:
                     bill = Bill(remote.name, old.cost, error.message, self._clock())
+                except Exception as error:  # also an answer: without one the next look would count again
+                    log.exception("counting %s in %s", run, remote.name)
+                    bill = Bill(remote.name, old.cost, f"unexpected {type(error).__name__}", self._clock())
                 with self._lock:
                     self._bills[run, remote.name] = bill
         finally:

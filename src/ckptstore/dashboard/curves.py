@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -101,7 +102,8 @@ def _rates(infos: Sequence[CheckpointInfo]) -> list[float | None]:
 def histories(encoded: Json | None) -> list[dict[str, Any]]:
     """Lists of numbers, and lists of records with numbers, anywhere in a state tree, longest first.
 
-    Each is ``{"name", "x": [...] | None, "y": [...], "length"}``; ``x`` are the steps the records name.
+    Each is ``{"name", "x": [...] | None, "y": [...], "length"}``; ``x`` are the steps the records name; one without a
+    finite step is left out.
     """
     if encoded is None:
         return []
@@ -130,13 +132,15 @@ def _lists(encoded: Json) -> Iterator[tuple[tuple[str | int, ...], list[Any]]]:
 def _as_histories(name: str, values: list[Any]) -> Iterator[dict[str, Any]]:
     if len(values) < 2:
         return
-    if all(_is_number(value) for value in values):
+    if all(marks.is_number(value) for value in values):
         # Small integers are shapes, seeds and random states far more often than curves.
         if any(isinstance(value, float) for value in values):
             yield _history(name, None, values)
         return
-    if all(isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value)) for value in values):
-        yield _history(name, [value[0] for value in values], [value[1] for value in values])
+    if all(map(_is_pair, values)):
+        rows = [value for value in values if _is_place(value[0])]
+        if len(rows) >= 2:
+            yield _history(name, [row[0] for row in rows], [row[1] for row in rows])
         return
     if not all(isinstance(value, dict) for value in values):
         return
@@ -145,9 +149,19 @@ def _as_histories(name: str, values: list[Any]) -> Iterator[dict[str, Any]]:
     for key in keys:
         if key in ("step", "global_step", "iteration", "epoch", "time"):
             continue
-        rows = [row for row in values if _is_number(row.get(key)) and (axis is None or _is_number(row.get(axis)))]
-        if len(rows) >= 2:
-            yield _history(f"{name}.{key}", [row[axis] for row in rows] if axis else None, [row[key] for row in rows])
+        found = [row for row in values if marks.is_number(row.get(key)) and (axis is None or _is_place(row.get(axis)))]
+        if len(found) >= 2:
+            x = [row[axis] for row in found] if axis else None
+            yield _history(f"{name}.{key}", x, [row[key] for row in found])
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(marks.is_number, value))
+
+
+def _is_place(value: object) -> bool:
+    """Whether it can be drawn along the axis."""
+    return marks.is_number(value) and math.isfinite(value)
 
 
 def _history(name: str, x: list[Any] | None, y: list[Any]) -> dict[str, Any]:
@@ -164,10 +178,6 @@ def _history(name: str, x: list[Any] | None, y: list[Any]) -> dict[str, Any]:
         "y": [json_number(float(y[i])) for i in kept],
         "length": length,
     }
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def to_csv(view: RunView) -> str:

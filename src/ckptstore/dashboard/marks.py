@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 from ckptstore.dashboard.journals import Journals, when
 from ckptstore.dashboard.source import RunView
@@ -14,6 +14,8 @@ from ckptstore.dashboard.source import RunView
 MAX_POINTS = 4000
 #: A gap of so many seconds says nothing about the pace.
 PAUSE_SECONDS = 300.0
+#: Steps beyond what a browser counts exactly are not ours.
+MAX_STEP = 1 << 53
 #: Computed here, from the times of the points.
 PACE = "steps_per_second"
 
@@ -53,7 +55,9 @@ def resumes(view: RunView) -> list[dict[str, Any]]:
 def _point(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """A line of the journal, if it is what we write."""
     time, step, epoch, metrics = when(record), record.get("step"), record.get("epoch"), record.get("metrics")
-    if time is None or not isinstance(step, int) or isinstance(step, bool) or not isinstance(metrics, dict):
+    if time is None or not isinstance(step, int) or isinstance(step, bool) or abs(step) > MAX_STEP:
+        return None
+    if not isinstance(metrics, dict):
         return None
     values = {str(name): value for name, value in metrics.items() if _is_value(value)}
     return {
@@ -67,7 +71,18 @@ def _point(record: Mapping[str, Any]) -> dict[str, Any] | None:
 def _is_value(value: object) -> bool:
     if isinstance(value, str):
         return value in ("nan", "inf", "-inf")
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """A number that a float can hold; NaN and the infinities are."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def _pace(points: Sequence[Mapping[str, Any]]) -> list[float | None]:

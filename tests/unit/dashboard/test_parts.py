@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from dashboard_views import JOB, assess, record, view
 
 from ckptstore.clock import ManualClock
-from ckptstore.dashboard import curves, detail, table
+from ckptstore.dashboard import costs, curves, detail, marks, table
 from ckptstore.dashboard.agents import AgentWatch, Uploading
+from ckptstore.dashboard.answers import encoded
+from ckptstore.dashboard.journals import Journals
 from ckptstore.dashboard.source import RemoteLook
 from ckptstore.errors import CredentialsError
 from ckptstore.format import tree
+from ckptstore.repo import journal
+from ckptstore.repo.local import LocalTier
 
 TRAINING = {"ranks_attached": [0], "saves": [], "remotes": {}}
 BOTH = {"local": "complete", "s3": "complete"}
@@ -195,3 +201,46 @@ def test_the_treemap_adds_up_and_stays_small() -> None:
     for name, value in zip(boxes["id"], boxes["value"], strict=True):
         inside = [v for parent, v in zip(boxes["parent"], boxes["value"], strict=True) if parent == name]
         assert not inside or sum(inside) == value
+
+
+def test_histories_are_answers_when_numbers_are_endless() -> None:
+    state = {
+        "pairs": [(-math.inf, 1.0), (0.0, 2.0), (1.0, 3.0)],
+        "one": [(-math.inf, 1.0), (0.0, 2.0)],
+        "huge": [1.0, 10**400],
+        "rows": [{"step": math.nan, "loss": 3.0}, {"step": 10**400, "loss": 2.5}]
+        + [{"step": step, "loss": 2.0} for step in (1, 2)],
+    }
+    found = curves.histories(tree.encode(state))
+    encoded(found)
+    assert {h["name"]: h["x"] for h in found} == {"pairs": [0.0, 1.0], "rows.loss": [1, 2]}
+
+
+def test_the_live_curve_leaves_out_what_no_float_holds(tmp_path: Path) -> None:
+    tier = LocalTier(tmp_path)
+    tier.create()
+    tier.make_run("bert")
+    lines = [(1, {"loss": 10**400, "acc": 0.5}), (10**400, {"acc": 0.6}), (2, {"acc": 0.7})]
+    for second, (step, metrics) in enumerate(lines):
+        note = {"time": f"2026-01-01T00:00:0{second}Z", "step": step, "metrics": metrics}
+        journal.append(tier, "bert", "live", [note])
+    found = marks.live(view(record(1)), Journals(tier))
+    encoded(found)
+    assert (found["step"], found["metrics"]) == ([1, 2], {"acc": [0.5, 0.7]})
+
+
+def test_a_bill_says_what_went_wrong_and_is_not_counted_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def breaks(remote: Any, prices: object) -> None:
+        asked.append(remote.name)
+        raise RuntimeError("a client's own trouble")
+
+    monkeypatch.setattr(costs, "cost", breaks)
+    remotes: list[Any] = [SimpleNamespace(name="s3"), SimpleNamespace(name="file")]
+    bills = costs.Costs({}).count("bert", remotes)
+    assert [(bill.remote, bill.cost, bill.error) for bill in bills] == [
+        ("s3", None, "unexpected RuntimeError"),
+        ("file", None, "unexpected RuntimeError"),
+    ]
+    assert asked == ["s3", "file"]
