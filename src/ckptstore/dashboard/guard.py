@@ -44,6 +44,12 @@ def new_token() -> str:
     return secrets.token_urlsafe(24)
 
 
+def is_bearer(authorization: str, token: str) -> bool:
+    """Whether an Authorization header brings this token."""
+    kind, _, bearer = authorization.partition(" ")
+    return kind.lower() == "bearer" and hmac.compare_digest(bearer.strip().encode(), token.encode())
+
+
 class Guard:
     """Wraps the application.
 
@@ -133,8 +139,8 @@ class Guard:
         return hmac.compare_digest(given.encode(), self._token.encode())
 
     def _is_bearer(self, headers: dict[bytes, str]) -> bool:
-        kind, _, bearer = headers.get(b"authorization", "").partition(" ")
-        return kind.lower() == "bearer" and self._is_token(bearer.strip())
+        assert self._token is not None
+        return is_bearer(headers.get(b"authorization", ""), self._token)
 
     def _cookie_value(self) -> str:
         """Not the token itself: cookies are shared by all ports of a host."""

@@ -122,6 +122,21 @@ def test_only_our_forms_and_these_actions_count(
     assert site.get(f"{PAGE}pin", **visitor).status in (404, 405), "looking changes nothing"
 
 
+def test_a_bearer_spares_the_form_token_only_when_it_is_the_token(
+    site: Served, folder: Path, visitor: dict[str, str]
+) -> None:
+    for junk in ("Bearer junk", "Bearer ", f"Basic {TOKEN}"):
+        assert site.get(f"{PAGE}pin", "POST", "", **visitor, Authorization=junk).status == 403
+    assert pins(folder) == set()
+
+
+def test_a_form_without_a_length_is_bounded_too(site: Served, folder: Path, visitor: dict[str, str], form: str) -> None:
+    parts = [form.encode(), b"&more=", b"0" * 5000]
+    assert site.get(f"{PAGE}pin", "POST", iter(parts), **visitor).status == 413
+    assert pins(folder) == set()
+    assert site.get(f"{PAGE}unpin", "POST", iter(parts[:2]), **visitor).status == 303
+
+
 def test_there_are_no_actions_unless_they_were_allowed(folder: Path) -> None:
     with served(str(folder / "store"), token=TOKEN) as one:
         bearer = {"Authorization": f"Bearer {TOKEN}"}
