@@ -132,7 +132,12 @@ class Pages:
     # ------------------------------------------------------------------ data
 
     def status(self, request: Request) -> Response:
-        runs = [self._assess(self._source.view(name)).to_json() for name in self._source.runs()]
+        runs: list[Mapping[str, Any]] = []
+        for name in self._source.runs():
+            try:
+                runs.append(self._assess(self._source.view(name)).to_json())
+            except CkptError as error:
+                runs.append({"run": name, "error": error.message})
         disk = self._source.disk()
         agent = self._source.agent.status
         body = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from dashboard_server import EVIL, JOB, Served, add_save, eventually, served, write_run
 
+from ckptstore.errors import StorageError
 from ckptstore.repo import journal
 from ckptstore.repo.local import LocalTier
 
@@ -161,6 +162,23 @@ def test_damage_is_an_alarm(tmp_path: Path) -> None:
         assert run["verdict"] == "not safe"
         assert "step 200 is damaged" in run["alarms"][0]["title"]
         assert one.get("/run/bert/checkpoints").status == 200
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run in ("bert", "gpt"):
+        add_save(tmp_path, 100, run=run)
+    with served(str(tmp_path)) as one:
+        view = one.source.view
+
+        def refuses(run: str) -> object:
+            if run == "bert":
+                raise StorageError("the folder can't be read")
+            return view(run)
+
+        monkeypatch.setattr(one.source, "view", refuses)
+        runs = {run["run"]: run for run in one.get("/api/status.json").json["runs"]}
+        assert runs["bert"] == {"run": "bert", "error": "the folder can't be read"}
+        assert runs["gpt"]["newest_step"] == 100
 
 
 def test_a_remote_out_of_reach_is_said_not_hidden(tmp_path: Path) -> None:
