@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -31,6 +33,11 @@ SINGLE_PUT_BYTES = 80 * MIB
 PART_BYTES = 16 * MIB
 DELETE_BATCH = 1000
 _PARTS_IN_FLIGHT = 4
+
+
+def md5_base64(payload: bytes | bytearray) -> str:
+    """A body's Content-MD5."""
+    return base64.b64encode(hashlib.md5(payload, usedforsecurity=False).digest()).decode()
 
 
 @dataclass(frozen=True)

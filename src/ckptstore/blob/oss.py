@@ -19,10 +19,8 @@ lock, is off; the server's is compared with one of our own.
 
 from __future__ import annotations
 
-import base64
 import builtins
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -30,7 +28,7 @@ from urllib.parse import urlencode, urlsplit
 
 from ckptstore.blob.address import Address
 from ckptstore.blob.base import Attempts, Buffer, Capabilities, ObjectInfo, Trait, once, transport
-from ckptstore.blob.bucket import PART_BYTES, SINGLE_PUT_BYTES, BucketStore, Reading
+from ckptstore.blob.bucket import PART_BYTES, SINGLE_PUT_BYTES, BucketStore, Reading, md5_base64
 from ckptstore.blob.keys import check_key, check_prefix, is_key
 from ckptstore.blob.multipart import MAX_PART_BYTES, MAX_PARTS
 from ckptstore.blob.oss_connection import OSSConnection, genuine
@@ -168,7 +166,7 @@ class OSSBlobStore(BucketStore):
         payload = data if isinstance(data, bytes) else bytes(data)
         headers = {**_TYPE, **self._at_rest, **self._pays, **_condition(is_conditional)}
         if is_conditional:  # what can't be written a second time is refused before it is stored, should it be damaged
-            headers["Content-MD5"] = _md5_base64(payload)
+            headers["Content-MD5"] = md5_base64(payload)
         with self._request(f"write {key}", key) as bucket:
             self._check(bucket.put_object(name, payload, headers=headers).crc, payload, key)
 
@@ -293,7 +291,3 @@ def _crc64(payload: Buffer) -> int:
     from fastcrc import crc64
 
     return int(crc64.xz(payload))
-
-
-def _md5_base64(payload: bytes) -> str:
-    return base64.b64encode(hashlib.md5(payload, usedforsecurity=False).digest()).decode()

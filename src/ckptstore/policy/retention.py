@@ -178,9 +178,14 @@ class Retention:
         return [info for info in here if info.superseded]
 
 
+def losses(metrics: Iterable[Iterable[str]]) -> list[str]:
+    """The metrics that may tell which checkpoint is best when nobody says so: those whose name ends in "loss"."""
+    return sorted({name for names in metrics for name in names if name.endswith("loss")})
+
+
 def only_loss(infos: Iterable[CheckpointInfo]) -> tuple[str | None, str | None]:
     """The one metric whose name ends in "loss"; else None and a sentence that says why nothing is best."""
-    names = sorted({name for info in infos for name in info.metrics if name.endswith("loss")})
+    names = losses(info.metrics for info in infos)
     if len(names) == 1:
         return names[0], None
     if not names:

@@ -1,9 +1,9 @@
 """Setting a damaged checkpoint aside: it counts no longer, and not a byte of it is lost.
 
 In the local tier its directory gets a name outside the grammar of :mod:`ckptstore.repo.names`, so that nobody lists,
-loads, counts or deletes it; renamed back it is what it was. In a remote, where nothing can be renamed, its manifest is
-copied to ``aside/<name>`` before the commit goes; gc keeps whatever belongs to a save that lies there, until that
-object is removed.
+loads, counts or deletes it; renamed back it is what it was. In a remote, where nothing can be renamed, its manifest
+is copied to ``aside/<save_id>.json`` before the commit goes; gc keeps whatever belongs to a save that lies there, until
+that object is removed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from pathlib import Path
 from ckptstore.clock import new_nonce
 from ckptstore.errors import CheckpointNotFoundError, ConflictError, NoStoreError, NotFoundError
 from ckptstore.format.manifest import MAX_MANIFEST_BYTES
-from ckptstore.repo import durable
+from ckptstore.repo import durable, names
 from ckptstore.repo.durable import raise_for_errno
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.remote import RemoteSave, RemoteTier
 
 FOLDER = "aside"
+
+
+def aside_key(save_id: str) -> str:
+    """Where the manifest of a save lies that was set aside: named so that whoever meets a pack of it can ask."""
+    return f"{FOLDER}/{save_id}.json"
 
 
 def set_aside(tier: LocalTier, run: str, save_id: str) -> Path:
@@ -51,7 +56,7 @@ def set_aside_remotely(remote: RemoteTier, save: RemoteSave) -> str:
         CredentialsError: without the right to delete.
         StorageError: the store refused; the commit is there still, or only its copy under ``aside/`` is.
     """
-    key = f"{FOLDER}/{save.name}"
+    key = aside_key(save.save_id)
     try:
         manifest = remote.blob.get(f"runs/{remote.run}/{save.key}", max_bytes=MAX_MANIFEST_BYTES)
     except NoStoreError:
@@ -66,5 +71,5 @@ def set_aside_remotely(remote: RemoteTier, save: RemoteSave) -> str:
 
 def saves_aside(remote: RemoteTier) -> frozenset[str]:
     """The save_ids that were set aside on this remote. One LIST."""
-    names = (key.removeprefix(f"{FOLDER}/") for key in remote.list_keys(FOLDER))
-    return frozenset(save.save_id for name in names if (save := RemoteSave.parse(name)) is not None)
+    found = (key.removeprefix(f"{FOLDER}/").removesuffix(".json") for key in remote.list_keys(FOLDER))
+    return frozenset(save_id for save_id in found if names.is_save_id(save_id))

@@ -21,6 +21,7 @@ from ckptstore.errors import (
     TransientError,
 )
 from ckptstore.format.manifest import Parent, Summary
+from ckptstore.policy.retention import losses
 from ckptstore.repo import names, timelines
 from ckptstore.repo.local_save import LocalSave
 from ckptstore.repo.record import LOCAL, Damaged, Record
@@ -142,14 +143,15 @@ class Catalog:
         Raises:
             ConfigError: there is none, or there are several.
         """
-        known = sorted({name for record in self.line() for name in record.summary.metrics})
-        losses = [name for name in known if name.endswith("loss")]
-        if len(losses) != 1:
+        metrics = [record.summary.metrics for record in self.line()]
+        found = losses(metrics)
+        if len(found) != 1:
+            known = sorted({name for names in metrics for name in names})
             raise ConfigError(
-                f"which metric is best? {len(losses) or 'none'} of them end in 'loss'",
+                f"which metric is best? {len(found) or 'none'} of them end in 'loss'",
                 hint=f'say "best:METRIC" or "best:METRIC:max"; the metrics are {", ".join(known) or "none"}',
             )
-        return losses[0]
+        return found[0]
 
     def resolve(self, step: StepLike, monitor: str | None = None, mode: str | None = None) -> Record:
         """The save that ``step`` names: an int, ``"latest"``, ``"latest~2"``, ``"best"``, digits, or a save_id.
@@ -175,6 +177,9 @@ class Catalog:
         if (match := _LATEST.fullmatch(step)) is not None:
             return self._back(int(match[1] or 0))
         if (match := _BEST.fullmatch(step)) is not None:
+            if not self.line():
+                self._refuse_if_all_damaged()
+                raise self._not_found("no checkpoint")
             monitor, mode = match[1] or monitor or self.only_loss(), match[2] or mode or "min"
             found = self.best(monitor, mode)
             if found is None:

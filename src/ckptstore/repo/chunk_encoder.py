@@ -26,7 +26,7 @@ class EncodedChunk:
 
     Attributes:
         base: the frame a delta rests on.
-        is_settled: it has not changed lately, and lies apart from chunks that do.
+        is_settled: an earlier save has it; it lies apart from chunks that nobody had.
     """
 
     frame: bytes

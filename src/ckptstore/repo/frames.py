@@ -19,7 +19,7 @@ from ckptstore.repo.remote import RemoteTier
 
 #: Whoever reads in batches decides how large requests are, up to this.
 MAX_REQUEST_BYTES = 32 << 20
-#: A remote that did not answer is asked last for so long: its retries must not slow every request of a load.
+#: Batches don't ask a remote that did not answer for so long: its retries must not slow every request of a load.
 AVOID_SECONDS = 30.0
 
 

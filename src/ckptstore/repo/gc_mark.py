@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from ckptstore.blob.base import ObjectInfo
 from ckptstore.errors import FormatError, IntegrityError, NoStoreError, NotFoundError, TransientError
 from ckptstore.format.manifest import RemoteShard
-from ckptstore.repo.aside import saves_aside
+from ckptstore.repo.aside import aside_key, saves_aside
 from ckptstore.repo.packs import pack_owner
 from ckptstore.repo.remote import RemoteSave, RemoteTier
 from ckptstore.repo.remote_names import parse_shard_key, shard_key
@@ -182,24 +182,29 @@ def _read_shards(remote: RemoteTier, marks: Marks, progress: Callable[[int, int]
 
 
 def _prove_absent(remote: RemoteTier, marks: Marks, known_commits: Iterable[str]) -> None:
-    """Ask by name for every commit and shard manifest whose absence would make garbage of something."""
+    """Ask by name for every commit, set-aside and shard manifest whose absence would make garbage of something."""
     commits = {RemoteSave.parse(name) for name in known_commits}
     commits |= {_parse_summary(key) for key in marks.summaries}
     for document in marks.shards.values():
         if document is not None and document.shard.summary is not None:
             commits.add(RemoteSave.of(document.shard.summary))
-    keys = {save.key for save in commits if save is not None and not marks.is_live(save.save_id)}
+    dead = {save for save in commits if save is not None and not marks.is_live(save.save_id)}
+    keys = {save.key for save in dead} | {aside_key(save.save_id) for save in dead}
     for key in marks.packs:
         parts = key.split("/")
         if marks.is_needed(key) or marks.is_live(parts[1]):
             continue
+        keys.add(aside_key(parts[1]))
         rank = int(parts[2].partition("-")[0])
         for wanted in (shard_key(parts[1], rank), shard_key(parts[1], 0)):
             if wanted not in marks.shard_infos:
                 keys.add(wanted)
     for key in marks.shard_infos:
         save_id, _ = parse_shard_key(key) or ("", 0)
-        if not marks.is_live(save_id) and shard_key(save_id, 0) not in marks.shard_infos:
+        if marks.is_live(save_id):
+            continue
+        keys.add(aside_key(save_id))
+        if shard_key(save_id, 0) not in marks.shard_infos:
             keys.add(shard_key(save_id, 0))
     with ThreadPoolExecutor(READS_IN_FLIGHT, "ckptstore-gc") as pool:
         ordered = sorted(keys)

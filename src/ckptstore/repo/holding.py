@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ckptstore.errors import LockedError
 from ckptstore.repo import names
-from ckptstore.repo.durable import READ_FLAGS
+from ckptstore.repo.durable import READ_FLAGS, raise_for_errno
 
 #: flock's ways to say that there are no locks here.
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class Hold:
@@ -53,9 +53,12 @@ def alone(path: Path) -> Iterator[None]:
         LockedError: somebody reads it. Trying again later can help.
     """
     try:
-        fd = os.open(path / names.MANIFEST, READ_FLAGS)
-    except OSError:
-        yield  # not complete: no reader holds it
+        # Writable, though nothing is written: where flock is made of byte-range locks, only such a descriptor gets it.
+        fd = os.open(path / names.MANIFEST, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
+            raise_for_errno(error, f"can't tell whether {path.name} is being read")
+        yield  # not complete, so no reader holds it
         return
     try:
         try:

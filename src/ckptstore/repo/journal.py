@@ -34,9 +34,9 @@ MAX_BYTES = 2 << 20
 
 def append(tier: LocalTier, run: str, name: Name, records: Iterable[Mapping[str, Any]]) -> None:
     """Add these records. Never fails: a line in a journal is not worth a save."""
-    data = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records).encode()
-    path = path_of(tier, run, name)
-    with suppress(OSError, CkptError):
+    with suppress(OSError, CkptError, TypeError, ValueError):
+        data = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records).encode()
+        path = path_of(tier, run, name)
         if not path.parent.is_dir():
             durable.make_dir(path.parent)
         with _locked(path.parent):
@@ -71,9 +71,10 @@ def path_of(tier: LocalTier, run: str, name: Name) -> Path:
 
 
 def _thin(path: Path) -> None:
-    lines = path.read_bytes().splitlines(keepends=True)
-    half = len(lines) // 2
-    kept = [*lines[:half:2], *lines[half:]]
+    kept = path.read_bytes().splitlines(keepends=True)
+    while len(kept) > 1 and sum(map(len, kept)) > MAX_BYTES:
+        half = len(kept) // 2
+        kept = [*kept[:half:2], *kept[half:]] if half > 1 else kept[half:]
     temporary = path.with_name(f".{path.name}-{new_nonce()}")
     fd = durable.create_file(temporary)
     try:

@@ -5,8 +5,8 @@ within a bound on memory: a chunk that comes back as it was then (a model set ba
 alternate) is referenced too.
 
 Two questions: is this very chunk there (by digest), and is there a full chunk of the same place in the same tensor to
-take a difference against, with its plain bytes at hand on the local disk? Both are only answered from saves whose root
-manifest is committed on that remote, and only while the pack in question is still there: objects removed by somebody
+take a difference against, with its plain bytes at hand on the local disk? Both are only answered while the pack in
+question is still there, and the second from consulted saves, whose commit was asked for: objects removed by somebody
 else must not spread into new saves. Nor are packs referred to that newer saves hardly need: they would be kept for
 little. What they still hold is sent again, into packs of its own kind, and they die with the saves that need them.
 
@@ -150,7 +150,7 @@ class KnownChunks:
         return None
 
     def is_settled(self, chunk: Chunk) -> bool:
-        """Whether a save that was consulted has this very chunk: it has not changed for a while, and may never."""
+        """Whether a save that is known has this very chunk: what came back once may do so again."""
         return any((chunk.digest, chunk.size_bytes, is_derived) in self._frames for is_derived in (False, True))
 
     def base_for(self, shard: ShardManifest, piece: Piece, chunk: Chunk) -> Base | None:
@@ -252,6 +252,9 @@ class KnownChunks:
         def read(save: RemoteSave) -> list[RemoteShard]:
             try:
                 return self._remote.remembered_shards(save, ranks, world_size)
+            except CheckpointNotFoundError:
+                self._remote.forget_known()  # as above: the next push looks at what is left
+                return []
             except NoStoreError:
                 raise
             except (NotFoundError, FormatError, IntegrityError):
@@ -259,7 +262,8 @@ class KnownChunks:
 
         found: list[RemoteShard] = []
         budget = OLDER_CHUNKS
-        wanted = saves[: least + OLDER_SAVES]
+        one = sum(len(row) for shard in shards for row in chunks_of(shard))  # they are about as large as these
+        wanted = saves[: least + min(OLDER_SAVES, OLDER_CHUNKS // max(1, one))]
         with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
             for at in range(0, len(wanted), _REQUESTS_IN_FLIGHT):
                 for number, documents in enumerate(pool.map(read, wanted[at : at + _REQUESTS_IN_FLIGHT]), at):

@@ -5,14 +5,14 @@ Below the store's prefix::
     ckptstore.json                                               marker: what this is, and in which version
     names/<run>                                                  empty: this run exists
     runs/<run>/intents/<save_id>.json                            from before the first pack until after the commit
-    runs/<run>/packs/<save_id>/<rank>-<blake3 of the pack>.pack
+    runs/<run>/packs/<save_id>/<rank>-<xxh3_128 of the pack>.pack
     runs/<run>/shards/<save_id>/shard-<rank>.json                RemoteShard: where each chunk of one rank lies
     runs/<run>/summaries/<timeline>-<step>-<save_id>.json        what `list` shows
     runs/<run>/commits/<timeline>-<step>-<save_id>.json          root manifest: THE commit point
     runs/<run>/timelines/<number>.json
     runs/<run>/pins/<save_id>
     runs/<run>/condemned/<id>.json, <id>.swept.json              what gc will delete, and what it has deleted
-    runs/<run>/aside/<timeline>-<step>-<save_id>.json            root manifest of a damaged save that was set aside
+    runs/<run>/aside/<save_id>.json                              root manifest of a damaged save that was set aside
     runs/<run>/news/<folder>.json                                changes when others must look into that folder again
     gc/lease-<part>-of-<parts>-<epoch>.json                      who collects now
 

@@ -16,7 +16,14 @@ from pydantic import Field
 
 from ckptstore.blob.base import BlobStore, ObjectInfo
 from ckptstore.clock import SYSTEM_CLOCK, Clock, new_nonce
-from ckptstore.errors import CheckpointExistsError, ConflictError, NoStoreError, NotFoundError, StorageError
+from ckptstore.errors import (
+    CheckpointExistsError,
+    ConflictError,
+    FormatError,
+    NoStoreError,
+    NotFoundError,
+    StorageError,
+)
 from ckptstore.format.manifest import (
     FORMAT_VERSION,
     MAX_MANIFEST_BYTES,
@@ -24,6 +31,7 @@ from ckptstore.format.manifest import (
     Document,
     Marker,
     check_run_name,
+    strong_digest,
 )
 from ckptstore.repo.remote_names import MARKER
 
@@ -116,8 +124,10 @@ class RemoteRun:
     def news(self, folder: str) -> News | None:
         """The last news of this folder; None when there never was any. One GET.
 
+        News only saves listings. Damaged ones are news without a word: everybody looks, and gc announces all anew.
+
         Raises:
-            FormatError: it is damaged.
+            FormatError: of a newer version.
         """
         try:
             data = self._get(f"news/{folder}.json", MAX_MANIFEST_BYTES)
@@ -125,7 +135,12 @@ class RemoteRun:
             raise
         except NotFoundError:
             return None
-        return News.decode(data, what=f"news of {folder} on {self.name}")
+        try:
+            return News.decode(data, what=f"news of {folder} on {self.name}")
+        except FormatError as error:
+            if error.hint is not None:
+                raise
+            return News(mark=strong_digest(data))
 
     def put_news(self, folder: str, names: Collection[str] = ()) -> None:
         """Let everybody know that this folder has something new; after it is there."""

@@ -12,12 +12,13 @@ import pytest
 
 from ckptstore.clock import new_nonce
 from ckptstore.config import StoreConfig
+from ckptstore.format.manifest import RootManifest
 from ckptstore.ops import verify_local
 from ckptstore.ops.open import RunTiers, open_place
 from ckptstore.ops.repair import repair
 from ckptstore.ops.verify import Depth, verify
 from ckptstore.repo import gc
-from ckptstore.repo.remote import RemoteTier
+from ckptstore.repo.remote import RemoteSave, RemoteTier
 from ckptstore.repo.upload import push
 from ckptstore.testing.checkpoints import write_checkpoint
 from ckptstore.testing.damage import damages
@@ -180,8 +181,9 @@ def test_what_is_beyond_repair_is_set_aside_and_counts_no_more(folder: Path, tie
         assert verify(tiers, None, everything=True, read_data=True).is_clean
         Path(aside.where).rename(Path(aside.where).with_name(Path(aside.where).name.removeprefix("damaged-")))
     else:
-        name = aside.where.rpartition("/")[2]
-        (folder / "cloud/bucket" / aside.where).rename(folder / f"cloud/bucket/runs/run/commits/{name}")
+        kept = folder / "cloud/bucket" / aside.where
+        summary = RootManifest.decode(kept.read_bytes(), what="what was set aside").summary
+        kept.rename(folder / f"cloud/bucket/runs/run/{RemoteSave.of(summary).key}")
     assert [record.step for record in tiers.catalog().records] == [1, 2], "it can be had back"
 
 

@@ -456,6 +456,13 @@ def test_best_is_the_newest_of_the_best_numbers(catalog: Catalog) -> None:
         catalog.best("loss", "lowest")
 
 
+def test_best_of_nothing_is_nothing_and_no_question_of_metrics(tmp_path: Path) -> None:
+    empty = LocalTier(tmp_path / "empty")
+    empty.create()
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint"):
+        Catalog.read(empty, (), "run").resolve("best")
+
+
 def test_best_names_its_metric_or_takes_the_only_loss(catalog: Catalog, tier: LocalTier) -> None:
     assert catalog.resolve("best").step == 30
     assert catalog.resolve("best:loss").step == 30

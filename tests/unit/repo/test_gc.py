@@ -14,6 +14,7 @@ from ckptstore.blob.memory import MemoryBlobStore
 from ckptstore.clock import ManualClock
 from ckptstore.errors import IntegrityError, LockedError, TransientError
 from ckptstore.repo import gc
+from ckptstore.repo.aside import set_aside_remotely
 from ckptstore.repo.condemned import CondemnedList
 from ckptstore.repo.gc_lease import LEASE_SECONDS, Lease, ServerTime
 from ckptstore.testing.watched import Request
@@ -273,6 +274,37 @@ def test_short_and_empty_listings_delete_nothing(world: World, hidden: str) -> N
             continue
     world.check()
     assert world.packs() == packs
+
+
+def test_what_was_set_aside_is_not_collected_when_a_listing_leaves_it_out(world: World) -> None:
+    server = Shortened(_name(world), clock=world.clock)
+    pushed(world, 0)
+    pushed(world, 1)
+    tier = world.tier_of(server)
+    set_aside_remotely(tier, tier.saves()[0])
+    before = _keys(world)
+    server.hidden = "/aside/"
+    for _ in range(4):
+        world.wait(8 * 24)
+        with pytest.raises(TransientError, match="aside"):
+            gc.collect(server, "r", [RUN], rules=RULES, clock=world.clock)
+    assert _keys(world) == before
+
+
+def test_damaged_news_stops_neither_a_push_nor_a_collection(world: World) -> None:
+    pushed(world, 0)
+    pushed(world, 1)
+    world.delete(0)
+    world.collect()
+    news = f"runs/{RUN}/news/condemned.json"
+    world.server.put(news, b"junk")
+    pushed(world, 2)
+    world.wait(DAY)
+    world.collect()  # nobody can have been told, so nothing is carried out; it is announced anew
+    assert world.server.get(news, max_bytes=1 << 20) != b"junk"
+    world.wait(DAY)
+    world.collect()
+    world.check()
 
 
 def test_a_committer_knows_what_is_condemned_when_the_listing_is_stale(world: World) -> None:

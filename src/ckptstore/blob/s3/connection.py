@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import os
 import threading
 import zlib
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 from ckptstore._version import __version__
 from ckptstore.blob.address import Address
+from ckptstore.blob.bucket import md5_base64
 from ckptstore.blob.proxies import proxies_of
 from ckptstore.blob.refusals import Refusal
 from ckptstore.errors import CkptError, ConfigError, CredentialsError, TransientError
@@ -142,10 +142,10 @@ class S3Connection:
 
     def guard(self, client: S3Client, payload: bytes | bytearray) -> dict[str, Any]:
         """The header by which the server knows that a body arrived as it was sent."""
-        if self._checksum == "crc32":
+        if self._checksum == "crc32":  # with "auto" on Amazon the SDK sees to it
             return {"ChecksumCRC32": base64.b64encode(zlib.crc32(payload).to_bytes(4, "big")).decode()}
-        if self._checksum == "md5" or (self._checksum == "auto" and not _is_amazon(client.meta.endpoint_url)):
-            return {"ContentMD5": _md5_base64(payload)}
+        if self.dialect(client) == "Content-MD5":
+            return {"ContentMD5": md5_base64(payload)}
         return {}
 
     def dialect(self, client: S3Client) -> str | None:
@@ -279,10 +279,6 @@ def _is_amazon(endpoint: str) -> bool:
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
 
-def _md5_base64(payload: bytes | bytearray) -> str:
-    return base64.b64encode(hashlib.md5(payload, usedforsecurity=False).digest()).decode()
-
-
 def _add_md5(params: dict[str, Any], **_: Any) -> None:
     """DeleteObjects needs a checksum; the SDK sends a CRC that older servers don't take for one."""
-    params["headers"]["Content-MD5"] = _md5_base64(params["body"])
+    params["headers"]["Content-MD5"] = md5_base64(params["body"])

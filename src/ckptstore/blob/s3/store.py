@@ -136,7 +136,8 @@ class S3BlobStore(BucketStore):
     def traits(self, key: str) -> builtins.list[Trait]:
         from ckptstore.blob.s3.traits import traits
 
-        return traits(self._connection, self._prefix + check_key(key), {**self._kept.for_customer, **self._pays})
+        along = {**self._kept.at_rest, **self._kept.for_customer, **self._pays}
+        return traits(self._connection, self._prefix + check_key(key), along)
 
     def make_bucket(self) -> None:
         """Create the bucket, for servers of one's own. One that is there already is fine."""

@@ -9,15 +9,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ckptstore.blob.base import Trait, transport
-from ckptstore.blob.s3.connection import S3Connection, _md5_base64
+from ckptstore.blob.bucket import md5_base64
+from ckptstore.blob.s3.connection import S3Connection
 from ckptstore.errors import StorageError
 
 _BODY = b"ckptstore doctor\n"
 _MD5, _CRC32 = "Content-MD5", "x-amz-checksum-crc32"
 
 
-def traits(connection: S3Connection, name: str, pays: Mapping[str, Any]) -> list[Trait]:
-    """TLS, addressing and checksums; writes the object ``name`` up to four times.
+def traits(connection: S3Connection, name: str, along: Mapping[str, Any]) -> list[Trait]:
+    """TLS, addressing and checksums; writes the object ``name`` up to four times, with what goes along with uploads.
 
     Raises:
         CkptError: the server can't be asked.
@@ -28,7 +29,7 @@ def traits(connection: S3Connection, name: str, pays: Mapping[str, Any]) -> list
     return [
         transport(endpoint),
         _addressing(host.hostname or "", connection.bucket),
-        _checksums(connection, name, pays),
+        _checksums(connection, name, along),
     ]
 
 
@@ -38,13 +39,13 @@ def _addressing(host: str, bucket: str) -> Trait:
     return Trait("addressing", True, "path: the bucket is the first part of the path")
 
 
-def _checksums(connection: S3Connection, name: str, pays: Mapping[str, Any]) -> Trait:
+def _checksums(connection: S3Connection, name: str, along: Mapping[str, Any]) -> Trait:
     """Whether the server notices a body that isn't what its checksum says, in the dialect in use and in the other."""
     with connection.request("look at the endpoint", name) as client:
         used = connection.dialect(client)
     checked = {
-        _MD5: _is_checked(connection, name, pays, "ContentMD5", _md5_base64(_BODY), _md5_base64(b"other")),
-        _CRC32: _is_checked(connection, name, pays, "ChecksumCRC32", *_crc32_pair()),
+        _MD5: _is_checked(connection, name, along, "ContentMD5", md5_base64(_BODY), md5_base64(b"other")),
+        _CRC32: _is_checked(connection, name, along, "ChecksumCRC32", *_crc32_pair()),
     }
     if used is None:
         return Trait("checksums", False, "uploads carry none", "take checksum=none out of the URL")
@@ -60,10 +61,10 @@ def _checksums(connection: S3Connection, name: str, pays: Mapping[str, Any]) -> 
 
 
 def _is_checked(
-    connection: S3Connection, name: str, pays: Mapping[str, Any], field: str, right: str, wrong: str
+    connection: S3Connection, name: str, along: Mapping[str, Any], field: str, right: str, wrong: str
 ) -> bool:
     for value, is_right in ((right, True), (wrong, False)):
-        body: dict[str, Any] = {"Bucket": connection.bucket, "Key": name, "Body": _BODY, field: value, **pays}
+        body: dict[str, Any] = {"Bucket": connection.bucket, "Key": name, "Body": _BODY, field: value, **along}
         try:
             with connection.request("try a checksum", name) as client:
                 client.put_object(**body)
