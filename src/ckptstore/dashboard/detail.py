@@ -8,8 +8,9 @@ from typing import Any
 
 from ckptstore.dashboard.source import RunView
 from ckptstore.errors import CheckpointNotFoundError, CkptError
-from ckptstore.format.manifest import Frame, Json, RemoteShard
+from ckptstore.format.manifest import Json, RemoteShard
 from ckptstore.ops.open import RunTiers
+from ckptstore.ops.provenance import kind_of
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.repo.record import Record
 
@@ -34,7 +35,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor; ``sent`` says how its bytes came to the remote: "unchanged", "delta", "full", "mixed"."""
+    """One stored tensor; ``sent`` says how it came to the remote: "unchanged", "derived", "delta", "full", "mixed"."""
 
     name: str
     dtype: str
@@ -98,7 +99,7 @@ def tensors(tiers: RunTiers, record: Record) -> tuple[list[Tensor], str | None]:
     with CheckpointReader(record, tiers.local, tiers.remotes) as reader:
         sizes = {name: sum(p.size_bytes for _, _, p in reader.pieces(name)) for name in reader.tensors}
         metas = dict(reader.tensors)
-    sent: dict[str, list[int]] = {}
+    sent: dict[str, _Sent] = {}
     trouble: str | None = None
     for remote in tiers.remotes:
         if remote.name not in record.remote:
@@ -117,8 +118,8 @@ def tensors(tiers: RunTiers, record: Record) -> tuple[list[Tensor], str | None]:
             metas[name].dtype,
             metas[name].shape,
             size,
-            sent[name][3] if name in sent else None,
-            _word(sent[name]) if name in sent else None,
+            sent[name].stored_bytes if name in sent else None,
+            sent[name].word if name in sent else None,
         )
         for name, size in sizes.items()
     ]
@@ -126,27 +127,31 @@ def tensors(tiers: RunTiers, record: Record) -> tuple[list[Tensor], str | None]:
     return found, trouble
 
 
-def _count(document: RemoteShard, save_id: str, sent: dict[str, list[int]]) -> None:
-    """Add up chunks by how they were stored: unchanged, delta, full; and the bytes this save added."""
+@dataclass
+class _Sent:
+    """How the chunks of one tensor are kept, and the bytes this save added for them."""
+
+    kinds: set[str] = field(default_factory=set)
+    stored_bytes: int = 0
+
+    @property
+    def word(self) -> str:
+        return "mixed" if len(self.kinds) > 1 else next(iter(self.kinds), "unchanged")
+
+
+def _count(document: RemoteShard, save_id: str, sent: dict[str, _Sent]) -> None:
+    """Add up a shard's chunks by tensor."""
     own = [pack.startswith(f"packs/{save_id}/") for pack in document.packs]
     counted: set[int] = set()
     for piece, indexes in zip(document.shard.pieces, document.chunks, strict=True):
-        row = sent.setdefault(piece.fqn, [0, 0, 0, 0])
+        row = sent.setdefault(piece.fqn, _Sent())
         for index in indexes:
-            frame: Frame = document.frames[index]
-            if not own[frame.pack]:
-                row[0] += 1
-                continue
-            row[1 if frame.base is not None else 2] += 1
-            if index not in counted:
+            frame = document.frames[index]
+            is_ours = own[frame.pack]
+            row.kinds.add(kind_of(frame.codec) if is_ours else "unchanged")
+            if is_ours and index not in counted:
                 counted.add(index)
-                row[3] += frame.length
-
-
-def _word(row: list[int]) -> str:
-    unchanged, delta, full, _ = row
-    kinds = [word for word, number in (("unchanged", unchanged), ("delta", delta), ("full", full)) if number]
-    return kinds[0] if len(kinds) == 1 else "mixed" if kinds else "unchanged"
+                row.stored_bytes += frame.length
 
 
 @dataclass

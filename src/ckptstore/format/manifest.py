@@ -225,7 +225,8 @@ class RootManifest(Document):
 class Frame(Document):
     """Where one chunk lies in a remote: ``length`` bytes at ``offset`` of pack ``pack`` (an index into ``packs``).
 
-    ``base`` is the frame of the full base chunk of a delta (depth 1), with its own place.
+    ``base`` is the frame this one rests on, with its own place: of a delta the full one of its base chunk; of a derived
+    one that of its master, which may be a delta.
     """
 
     pack: int = Field(ge=0)

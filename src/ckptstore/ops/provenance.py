@@ -59,7 +59,7 @@ def provenance(remotes: Sequence[RemoteTier], record: Record) -> Provenance:
         seen: set[int] = set()
         for name, index, frame in _frames(document):
             is_ours = pack_owner(frame.pack) == record.save_id
-            kinds[name][_kind(frame) if is_ours else "unchanged"] += frame.size_bytes
+            kinds[name][kind_of(frame.codec) if is_ours else "unchanged"] += frame.size_bytes
             if frame.codec == "delta" and frame.base is not None:
                 bases[name][pack_owner(frame.base.pack) or ""] += frame.size_bytes
             if is_ours and index not in seen:
@@ -76,8 +76,9 @@ def _frames(document: RemoteShard) -> list[tuple[str, int, PlacedFrame]]:
     return [(piece.fqn, index, frames[index]) for piece, row in rows for index in row]
 
 
-def _kind(frame: PlacedFrame) -> str:
-    return frame.codec if frame.codec in ("delta", "derived") else "full"
+def kind_of(codec: str) -> str:
+    """How a frame of this codec is kept: "derived", "delta" or "full"."""
+    return codec if codec in ("delta", "derived") else "full"
 
 
 def _most(counts: Counter[str]) -> str:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dashboard_server import EVIL, JOB, Served, add_save, eventually, served, write_run
 
+from ckptstore import codec
+from ckptstore.blob import open_blob_store
+from ckptstore.config import StoreConfig
 from ckptstore.errors import StorageError
 from ckptstore.repo import journal
 from ckptstore.repo.local import LocalTier
+from ckptstore.repo.remote import RemoteTier
+from ckptstore.repo.upload import push
+from ckptstore.testing.checkpoints import write_checkpoint
 
 PAGES = ("run/bert/", "run/bert/training", "run/bert/checkpoints", "run/bert/storage", f"run/bert/checkpoint/{JOB}-3/")
 
@@ -92,6 +100,23 @@ def test_the_checkpoint_page_works_when_nothing_was_sent(both: Served) -> None:
     body = both.get(f"/run/bert/checkpoint/{JOB}-4/detail.json").json
     assert list(body["kinds"]) == ["unknown"]
     assert body["trouble"] is None
+
+
+def test_weights_that_are_rounded_masters_are_derived_not_deltas(tmp_path: Path) -> None:
+    master = np.random.default_rng(0).normal(size=(128, 160), scale=0.02).astype("f4")
+    weight = np.frombuffer(codec.rounded(master.tobytes()), "<u2").reshape(master.shape)
+    tier, save_id = LocalTier(tmp_path / "store"), f"{JOB}-1"
+    state = {"model.weight": weight, "optim.master": master}
+    path = write_checkpoint(tier, state, run="bert", step=1, save_id=save_id, dtypes={"model.weight": "bfloat16"})
+    remote = RemoteTier(open_blob_store(f"file://{tmp_path}/bucket"), "bert", "file")
+    push(tier, path, "bert", remote, config=StoreConfig())
+    with served(str(tmp_path / "store"), f"file://{tmp_path}/bucket") as one:
+        detail = f"/run/bert/checkpoint/{save_id}/detail.json"
+        body = eventually(lambda: "unknown" not in (found := one.get(detail).json)["kinds"] and found)
+        assert {row[0]: row[4] for row in body["largest"]} == {"model.weight": "derived", "optim.master": "full"}
+        colour = re.search(r'derived: "(--[a-z-]+)"', one.get("/static/charts.js").text)
+        assert colour is not None
+        assert one.get("/static/app.css").text.count(f"{colour[1]}: #") == 3, "light, dark, and dark by choice"
 
 
 def test_histories_come_from_the_newest_state(both: Served) -> None:

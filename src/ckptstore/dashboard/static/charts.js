@@ -46,7 +46,7 @@ const Charts = (() => {
 
   // ---------------------------------------------------------------- one checkpoint
   const STAGES = ["reserve", "plan", "copy", "write", "fsync", "commit", "encode", "upload"];
-  const KINDS = { unchanged: "--safe-bg", delta: "--k-delta", full: "--k-full", mixed: "--k-mixed" };
+  const KINDS = { unchanged: "--safe-bg", derived: "--k-derived", delta: "--k-delta", full: "--k-full", mixed: "--k-mixed" };
   const checkpoint = (data) => {
     const rows = [...new Set(data.bars.map((bar) => bar[0]))].reverse(), palette = colors();
     const stages = [...new Set(data.bars.map((bar) => bar[1]))].sort((a, b) => STAGES.indexOf(a) - STAGES.indexOf(b));
