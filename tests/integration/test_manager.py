@@ -20,8 +20,10 @@ from training import CONFIG, Training, manager
 
 from ckptstore import CheckpointManager, CheckpointStore, errors
 from ckptstore.agent.client import AgentClient
+from ckptstore.ops import history
 from ckptstore.policy import AtSteps
 from ckptstore.repo.holding import Hold
+from ckptstore.repo.local import LocalTier
 
 
 def steps(folder: Path, **options: Any) -> list[int]:
@@ -292,6 +294,20 @@ def test_a_checkpoint_of_the_bare_store_is_resumed_too(tmp_path: Path) -> None:
     w = torch.zeros(3)
     point = manager(tmp_path).track(w=w).resume()
     assert (point.step, point.epoch, w.sum().item()) == (7, 2, 3.0)
+
+
+def test_only_a_load_of_everything_proves_a_checkpoint(tmp_path: Path) -> None:
+    def proven() -> set[str]:
+        return history.sound(LocalTier(tmp_path), "default")
+
+    with manager(tmp_path).track(model=nn.Linear(2, 2), w=torch.zeros(4), config={"lr": 1}, at=lambda: 7) as m:
+        assert m.save_checkpoint(global_step=1) is not None
+    m = manager(tmp_path)
+    assert m.load_checkpoint(nn.Linear(2, 2)) == (0, 1)
+    assert proven() == set()
+    assert m.load_checkpoint(nn.Linear(2, 2), w=torch.zeros(4)) == (0, 1)
+    assert len(proven()) == 1
+    m.close()
 
 
 def test_a_store_that_was_passed_stays_open(tmp_path: Path) -> None:

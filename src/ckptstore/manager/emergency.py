@@ -53,7 +53,8 @@ class OptimizerGuard:
     def mark(self) -> None:
         """A step of the training loop is complete."""
         if self._counts:
-            self._per_mark = min(self._counts.values())
+            if per := min(self._counts.values()):  # 0: marked twice, or a scaler passed over the step
+                self._per_mark = per
             self._counts = dict.fromkeys(self._counts, 0)
         self._depth.clear()
         self._let_go()

@@ -57,23 +57,23 @@ def rescue(parts: Parts, saver: Saver, error: BaseException, grace_s: float) -> 
     if progress.step is None or not parts.tracked or isinstance(error, SaveFailedError):
         return
     what = type(error).__name__
-    until = time.monotonic() + grace_s
     done = parts.guard.completed()
+    # With a new save to come: less, so that ranks come to the meeting within its limit of each other.
+    first_s = grace_s if done is None else grace_s / 4
+    _wait(parts, progress.handle, time.monotonic() + first_s, is_remote=False)
     if done is None:
-        _wait(parts, progress.handle, until, is_remote=False)
         say(f"{what} in the middle of an optimizer step: not saved; {parts.safety.sentence()}", logging.ERROR)
         return
     step = parts.guard.reached(progress.step, progress.previous_step, done)
     try:
         if not progress.is_saved(step):
             agreement = parts.store.agreement
-            if not all_are_here(agreement, step, parts.store.config.deadline_s):
-                _wait(parts, progress.handle, until, is_remote=False)
+            if not all_are_here(agreement, step, min(parts.store.config.deadline_s, grace_s / 2)):
                 say(f"{what} on this rank, others did not stop: not saved; {parts.safety.sentence()}", logging.ERROR)
                 return
             occasion = Occasion(step, progress.epoch, tags=(TAG_EXCEPTION,), is_emergency=True, reason=what)
             saver.save(occasion)
-        _wait(parts, progress.handle, until, is_remote=False)
+            _wait(parts, progress.handle, time.monotonic() + grace_s, is_remote=False)
         say(f"{what} after step {step}: {parts.safety.sentence()}; {command()}", logging.ERROR)
     except Exception as failure:  # whatever goes wrong here must not hide the first exception
         say(f"the emergency save failed: {failure}; {parts.safety.sentence()}", logging.ERROR)

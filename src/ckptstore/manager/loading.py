@@ -20,6 +20,7 @@ from ckptstore.manager.files import file_bytes
 from ckptstore.manager.parts import Parts
 from ckptstore.manager.resume import Candidates, ResumePoint
 from ckptstore.manager.tracking import OWN_KEY, Tracked
+from ckptstore.ops import history
 from ckptstore.repo.catalog import Catalog
 from ckptstore.types import CheckpointInfo, StepLike
 
@@ -97,10 +98,6 @@ class Loading:
         self._store.settle()
         return self._choose(step, is_asking=False)
 
-    def announce(self, text: str) -> None:
-        """A line about where training goes on."""
-        self._voice.say(text)
-
     # -- inner ----------------------------------------------------------------------------------------------------
 
     def _choose(self, step: StepLike, *, is_asking: bool) -> Candidates:
@@ -171,10 +168,7 @@ class Loading:
             state={**values, **{name: file_bytes(stored) for name, stored in files.items()}},
             info=info,
         )
-        if self._store.agreement.rank == 0:
-            self._proof.restored(info)
-        if self._keeper is not None:
-            self._keeper.verified |= {info.save_id, *self._proof.verified()}
+        self._note_proof(tracked, info, own, files)
         if is_resuming:
             self._progress.started_from(info.step, epoch, own.get("epochs_since_save", 0))
             self._progress.history[:] = own.get("history", [])
@@ -182,6 +176,19 @@ class Loading:
             if own.get("rng") is not None:
                 self._restore_random_state(own["rng"], info)
         return point
+
+    def _note_proof(self, tracked: Tracked, info: CheckpointInfo, own: dict[str, Any], files: dict[str, Any]) -> None:
+        """Remember that this checkpoint came back whole, if all of it was asked for. Collective."""
+        agreement = self._store.agreement
+        read = {name for name, size in info.report.bytes_by_source.items() if size} if info.report else set()
+        sources = set().union(*agreement.gather(read, what="comparing what was read")) - {"peer"}  # the peer's own say
+        in_place = set(own.get("names", [])) - set(own.get("values", {})) - set(files)
+        is_all = "names" in own and in_place <= set(tracked.in_place) and info.world_size <= agreement.world_size
+        if is_all and agreement.rank == 0:
+            self._proof.restored(info, sources)
+        if self._keeper is not None:
+            is_kept = is_all and history.is_of_tiers(sources)
+            self._keeper.verified = self._proof.verified() | ({info.save_id} if is_kept else set())
 
     def _restore_random_state(self, state: dict[str, Any], info: CheckpointInfo) -> None:
         rank = self._store.agreement.rank

@@ -7,6 +7,7 @@ them count: the local disk is not what is left when the machine is lost.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 
 from ckptstore.clock import SYSTEM_CLOCK, Clock, parse_rfc3339
@@ -35,15 +36,15 @@ class Proof:
         self._since = clock.now()  # a job gets this long before it is reminded
         self._reminded: datetime | None = None
 
-    def restored(self, info: CheckpointInfo) -> None:
-        """This job has loaded a checkpoint, every byte of it checked."""
-        sources = {name for name, size in info.report.bytes_by_source.items() if size} if info.report else set()
-        place = ", ".join(sorted(sources)) if sources and sources <= self._places else LOCAL
-        history.note_restored(self._tier, self._run, info.step, info.save_id, place, clock=self._clock)
+    def restored(self, info: CheckpointInfo, sources: Collection[str]) -> None:
+        """This job has loaded a whole checkpoint from these, every byte of it checked."""
+        if sources:
+            place = ", ".join(sorted(sources))
+            history.note_restored(self._tier, self._run, info.step, info.save_id, place, clock=self._clock)
 
     def verified(self) -> set[str]:
-        """Every save that was read in full and found good, wherever it was read."""
-        return {str(record["save_id"]) for record in self._good()}
+        """Every save whose last full look, in some tier, found it good."""
+        return history.sound(self._tier, self._run) if self._tier is not None else set()
 
     def reminder(self) -> str | None:
         """What to say, once per period, when the last verified restore is too long ago."""
@@ -51,7 +52,12 @@ class Proof:
         latest = max(self._since, self._reminded or self._since)
         if not self._limit_s or self._tier is None or (now - latest).total_seconds() < self._limit_s:
             return None
-        times = [parse_rfc3339(record["time"]) for record in self._good() if self._is_here(record["tier"])]
+        looks = history.verified(self._tier, self._run)
+        times = [
+            parse_rfc3339(look["time"])
+            for look in looks
+            if "time" in look and history.is_good(look) and history.places_of(look) <= self._places
+        ]
         last = max(times, default=None)
         self._since = max(self._since, last or self._since)
         if (now - self._since).total_seconds() < self._limit_s:
@@ -62,10 +68,3 @@ class Proof:
         return (
             f"the last verified restore of run {self._run!r}{where} {when}: `{self._command}` tries one beside the job"
         )
-
-    def _good(self) -> list[dict[str, str]]:
-        found = history.verified(self._tier, self._run) if self._tier is not None else []
-        return [r for r in found if r.get("result") == "good" and r.get("depth") in ("restore", "bytes")]
-
-    def _is_here(self, places: str) -> bool:
-        return set(places.split(", ")) <= self._places

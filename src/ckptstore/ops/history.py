@@ -5,7 +5,7 @@ Kept in the journal of the local tier, so only where there is one. A restore tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptstore.clock import SYSTEM_CLOCK, Clock, rfc3339
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: manifests and sizes | some chunks | every byte, read where it lies | every byte, as a load or restore used it
 Depth = Literal["structure", "sample", "bytes", "restore"]
+#: Depths that leave no byte out.
+FULL: tuple[Depth, ...] = ("bytes", "restore")
 
 
 def note_verified(
@@ -56,6 +58,34 @@ def verified(tier: LocalTier, run: str, save_id: str | None = None) -> list[dict
     """
     found = journal.read(tier, run, "verified")
     return found if save_id is None else [record for record in found if record.get("save_id") == save_id]
+
+
+def sound(tier: LocalTier, run: str) -> set[str]:
+    """Every save that has a copy whose last look of those that tell found all of it good.
+
+    A look that read every byte tells; so does any that found damage.
+    """
+    latest: dict[tuple[str, str], bool] = {}
+    for look in verified(tier, run):
+        if look.get("depth") in FULL or look.get("result") == "damaged":
+            for place in places_of(look):
+                latest[str(look.get("save_id")), place] = is_good(look)
+    return {save_id for (save_id, _), was_good in latest.items() if was_good}
+
+
+def is_good(look: Mapping[str, Any]) -> bool:
+    """Whether it read every byte from where checkpoints stay, and all were right."""
+    return look.get("result") == "good" and look.get("depth") in FULL and is_of_tiers(places_of(look))
+
+
+def places_of(look: Mapping[str, Any]) -> set[str]:
+    """Where it read: one tier, or several whose bytes made up one restore."""
+    return set(str(look.get("tier", "")).split(", ")) - {""}
+
+
+def is_of_tiers(places: Collection[str]) -> bool:
+    """Whether these are tiers, all of them: what a node agent has in memory is gone with it."""
+    return bool(places) and "arena" not in places
 
 
 def _record(

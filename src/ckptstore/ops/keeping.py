@@ -19,8 +19,7 @@ def why_kept(place: Place, run: str) -> dict[str, dict[str, tuple[str, ...]]]:
     if not noted or place.local is None:
         return {}
     infos = [record.info() for record in place.tiers(run).catalog().records]
-    looks = history.verified(place.local, run)
-    verified = {look["save_id"] for look in looks if look["result"] == "good" and look["depth"] in ("bytes", "restore")}
+    verified = history.sound(place.local, run)
     found: dict[str, dict[str, tuple[str, ...]]] = {}
     for tier in dict.fromkeys(tier for info in infos for tier in info.tiers):
         rules = Retention.noted(noted[-1].get("local" if tier == "local" else "remote"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,13 +12,9 @@ from ckptstore.manager.proof import Proof
 from ckptstore.ops import history
 from ckptstore.repo.local import LocalTier
 from ckptstore.store import CheckpointStore
-from ckptstore.types import CheckpointInfo, LoadReport
+from ckptstore.types import CheckpointInfo
 
 DAY = 86400.0
-
-
-def loaded(info: Any, **bytes_by_source: int) -> CheckpointInfo:
-    return CheckpointInfo(**{**info, "report": LoadReport(bytes_by_source=bytes_by_source)})
 
 
 @pytest.fixture
@@ -30,8 +25,8 @@ def tier(tmp_path: Path) -> LocalTier:
     return tier
 
 
-def info(tier: LocalTier) -> dict[str, Any]:
-    return {"run": "default", "step": 7, "save_id": "0123456789ab-1", "created_at": ManualClock().now()}
+def info(tier: LocalTier) -> CheckpointInfo:
+    return CheckpointInfo(run="default", step=7, save_id="0123456789ab-1", created_at=ManualClock().now())
 
 
 def test_it_is_said_once_per_period_that_no_restore_was_tried(tier: LocalTier, tmp_path: Path) -> None:
@@ -57,7 +52,7 @@ def test_a_load_a_drill_and_a_full_verification_count_also_those_of_others(tier:
     assert proof.verified() == {"0123456789ab-1"}
     clock.sleep(2 * DAY)
     assert "was 8 d ago" in (proof.reminder() or "")
-    proof.restored(loaded(info(tier), local=10))
+    proof.restored(info(tier), {"local"})
     clock.sleep(6 * DAY)
     assert proof.reminder() is None
 
@@ -66,12 +61,12 @@ def test_only_bytes_of_a_remote_count_where_there_is_one(tier: LocalTier, tmp_pa
     clock = ManualClock()
     proof = Proof(CheckpointStore(tmp_path, {"s3": "mem://x"}), limit_s=7 * DAY, clock=clock)
     clock.sleep(8 * DAY)
-    for sources in ({"local": 10}, {"local": 10, "s3": 3}, {"arena": 1}, {}):
-        proof.restored(loaded(info(tier), **sources))
+    for sources in ({"local"}, {"local", "s3"}, {"arena"}, set()):
+        proof.restored(info(tier), sources)
     said = proof.reminder() or ""
     assert f"from s3 never happened: `ckptctl drill -s {tmp_path} --remote 'mem://x' --run default`" in said
     clock.sleep(7 * DAY)
-    proof.restored(loaded(info(tier), s3=10))
+    proof.restored(info(tier), {"s3"})
     assert proof.reminder() is None
     clock.sleep(timedelta(days=8).total_seconds())
     assert "from s3 was 8 d ago" in (proof.reminder() or "")

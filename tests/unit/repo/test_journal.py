@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore.ops.history import note_restored, note_verified, verified
+from ckptstore.ops.history import note_restored, note_verified, sound, verified
 from ckptstore.ops.verify import Finding, Verification
 from ckptstore.repo import journal
 from ckptstore.repo.local import LocalTier
@@ -84,3 +84,38 @@ def test_verifications_are_remembered_per_copy(tier: LocalTier) -> None:
     ]
     assert records[1]["what"] in ("odd", "wrong")
     assert verified(tier, "bert", b)[0]["result"] == "good"
+
+
+def test_the_last_look_that_tells_decides_whether_a_save_is_sound(tier: LocalTier) -> None:
+    def note(save_id: str, *looks: tuple[str, str, str]) -> None:
+        keys = ("tier", "depth", "result")
+        journal.append(
+            tier, "bert", "verified", [{"save_id": save_id, **dict(zip(keys, look, strict=True))} for look in looks]
+        )
+
+    note("good", ("local", "bytes", "damaged"), ("local", "bytes", "good"), ("local", "structure", "unchecked"))
+    note("rotten", ("local", "bytes", "good"), ("local", "bytes", "damaged"))
+    note("torn", ("local", "restore", "good"), ("local", "structure", "damaged"))
+    note("elsewhere", ("local, s3", "restore", "good"), ("local", "bytes", "damaged"))
+    note("shallow", ("local", "sample", "good"))
+    note("in memory", ("arena, local", "restore", "good"))
+    journal.append(tier, "bert", "verified", [{"time": 3}, {"save_id": "poor", "result": "good"}])
+    assert sound(tier, "bert") == {"good", "elsewhere"}
+
+
+def test_nothing_that_can_not_be_written_disturbs_a_save(tmp_path: Path) -> None:
+    tier = LocalTier(tmp_path)
+    tier.create()
+    journal.append(tier, "run", "live", [{"time": "x", "value": object()}])
+    journal.append(tier, "no/run", "live", [{"time": "x"}])
+    assert journal.read(tier, "run", "live") == []
+
+
+def test_one_append_larger_than_the_bound_is_thinned_until_it_can_be_read(tmp_path: Path) -> None:
+    tier = LocalTier(tmp_path)
+    tier.create()
+    tier.make_run("run")
+    journal.append(tier, "run", "live", [{"number": number, "text": "x" * 1000} for number in range(12_000)])
+    records = journal.read(tier, "run", "live")
+    assert records[-1]["number"] == 11_999
+    assert len(records) < 12_000
