@@ -32,12 +32,15 @@ def joined(everyone: Sequence[Mapping[str, Json]], extra: Mapping[str, int]) -> 
     for key, node in everyone[0].items():
         own = _decoded(node)
         before = len(own)
+        done = [node]
         for other in everyone[1:]:
-            if key in other:
+            if key in other and other[key] not in done:  # replicas of a stage say the same
+                done.append(other[key])
                 _join(own, _decoded(other[key]))
         if len(own) > before:
-            result[key] = tree.encode(own, lambda _, value: value)["tree"]
-            found.update(tree.tensor_names(tree.encode(own, lambda _, value: value)))
+            encoded = tree.encode(own, lambda _, value: value)
+            result[key] = encoded["tree"]
+            found.update(tree.tensor_names(encoded))
     for name, rank in extra.items():
         if name not in found:
             raise StateError(
@@ -50,8 +53,8 @@ def joined(everyone: Sequence[Mapping[str, Json]], extra: Mapping[str, int]) -> 
 
 
 def with_joined(whole: Json, own: Mapping[str, Json], union: Mapping[str, Json]) -> Json:
-    """The tree with rank 0's ``own`` fragments replaced by those of ``union``."""
-    new = {id(own[key]): node for key, node in union.items()}
+    """The tree with rank 0's ``own`` fragments replaced by those of ``union``; the others are the same objects."""
+    new = {id(node): union.get(key, node) for key, node in own.items()}
 
     def visit(node: Any) -> Any:
         if id(node) in new:
@@ -73,7 +76,7 @@ def _join(own: Any, other: Any) -> None:
         for key, value in other.items():
             own.setdefault(key, value)
     elif isinstance(own, list) and isinstance(other, list):
-        own.extend(value for value in other if value not in own and not isinstance(value, TensorRef))
+        own[:] = dict.fromkeys([*own, *(value for value in other if not isinstance(value, TensorRef))])
 
 
 def unexpected(names: list[str], agreement: Agreement, encoded: Json | None) -> list[str]:

@@ -2,7 +2,8 @@
 
 Each is stored whole under its own name, where any reader of the directory finds it. Beside the state stands how they
 lay in one memory, and where new memory is made for them they lie so again: what is written through one shows in the
-others, as it did when they were saved.
+others, as it did when they were saved. Of states of several ranks joined into one, as of a pipeline, that holds for
+rank 0's own tensors only.
 """
 
 from __future__ import annotations
