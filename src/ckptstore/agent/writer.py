@@ -7,6 +7,7 @@ the disk is busy a second thread computes the digests and all the documents that
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,11 +100,18 @@ def _write_part(
     tails = [_tail(image) for image in images]
     try:
         staging.create()
+        has_failed = threading.Event()
         with ThreadPoolExecutor(1, f"documents-{first.save_id}") as pool:
-            future = pool.submit(_describe, images, tails, chunk_elements)
-            synced = sum(
-                _write_image(staging, image, tail, is_abandoned) for image, tail in zip(images, tails, strict=True)
+            future = pool.submit(
+                _describe, images, tails, chunk_elements, lambda: has_failed.is_set() or is_abandoned()
             )
+            try:
+                synced = sum(
+                    _write_image(staging, image, tail, is_abandoned) for image, tail in zip(images, tails, strict=True)
+                )
+            except BaseException:
+                has_failed.set()  # or the pool waits until everything is digested, and the memory is kept as long
+                raise
             documents = future.result()
         written = time.monotonic()
         for shard, data in documents.manifests:
@@ -144,11 +152,17 @@ def _write_image(staging: StagingDir, image: Image, tail: bytes, is_abandoned: C
     return time.monotonic() - begun
 
 
-def _describe(images: Sequence[Image], tails: Sequence[bytes], chunk_elements: int) -> _Documents:
-    """Digest the images and make the documents. All of it is hidden behind the disk's time."""
+def _describe(
+    images: Sequence[Image], tails: Sequence[bytes], chunk_elements: int, is_unwanted: Callable[[], bool]
+) -> _Documents:
+    """Digest the images and make the documents. All of it is hidden behind the disk's time.
+
+    Raises:
+        Abandoned: ``is_unwanted`` said so.
+    """
     manifests = []
     for image, tail in zip(images, tails, strict=True):
-        digests = _digests(image, chunk_elements)
+        digests = _digests(image, chunk_elements, is_unwanted)
         shard = _shard_manifest(image, chunk_elements, len(tail), digests, _skeleton_digest(image, tail))
         manifests.append((shard, shard.encode()))
     if images[0].request.num_nodes > 1:
@@ -191,10 +205,12 @@ def _shard_manifest(
     )
 
 
-def _digests(image: Image, chunk_elements: int) -> list[tuple[str, ...]]:
+def _digests(image: Image, chunk_elements: int, is_unwanted: Callable[[], bool]) -> list[tuple[str, ...]]:
     """For each piece, the digest of each of its chunks."""
     result = []
     for spec, start in zip(image.pieces, image.layout.starts, strict=True):
+        if is_unwanted():
+            raise Abandoned
         step, end = chunk_elements * itemsize(spec.dtype), start + spec.size_bytes
         result.append(tuple(digest(image.memory[at : min(at + step, end)]) for at in range(start, end, step)))
     return result

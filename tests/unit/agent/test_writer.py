@@ -7,7 +7,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,28 @@ def test_nothing_is_left_when_the_save_is_abandoned(tier: LocalTier) -> None:
     with pytest.raises(Abandoned):
         write_part(tier, "run", [image()], chunk_elements=CHUNK, is_abandoned=lambda: next(answers, True))
     assert list((tier.root / "run").iterdir()) == []
+
+
+def test_nothing_more_is_digested_for_a_part_that_fails(tier: LocalTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, digested, genuine = threading.Event(), [], writer._digests
+
+    def digests(image: Image, chunk_elements: int, is_unwanted: Callable[[], bool]) -> list[tuple[str, ...]]:
+        begun.set()
+        limit = time.monotonic() + 60
+        while not is_unwanted() and time.monotonic() < limit:
+            time.sleep(0.001)
+        return genuine(image, chunk_elements, is_unwanted)
+
+    def write_block(fd: int, block: memoryview, offset: int) -> int:
+        assert begun.wait(60)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(writer, "_digests", digests)
+    monkeypatch.setattr(writer, "digest", digested.append)
+    monkeypatch.setattr(disk, "write_block", write_block)
+    with pytest.raises(NoSpaceError):
+        write(tier, image())
+    assert not digested
 
 
 def test_a_save_is_written_once(tier: LocalTier) -> None:
