@@ -70,6 +70,14 @@ def test_list_tells_which_rule_keeps_what(tmp_path: Path) -> None:
     ]
     found = ckptctl("list", tier.root, "--why", "--json").json["checkpoints"]
     assert [each["kept_why"] for each in found][1] == {"local": ["one of the last 2"]}
+    # A remote keeps more, and lacks it: the manager won't remove it here before it is there.
+    more = asdict(Retention(keep_last=3, keep_best=0))
+    record = {"time": "2026-01-01T00:00:01.000Z", "local": rules, "remote": more, "remotes": ["file"]}
+    journal.append(tier, "r", "rules", [record])
+    found = ckptctl("list", tier.root, "--why", "--json").json["checkpoints"]
+    assert found[0]["kept_why"] == {"local": ["no rule keeps it once the remote has it"]}
+    found = ckptctl("list", tier.root, "--remote", bucket(tmp_path), "--why", "--json").json["checkpoints"]
+    assert found[0]["kept_why"] == {"local": ["still needed"]}
 
 
 def test_options_stand_before_or_after_the_verb_and_come_from_the_environment(folder: Path) -> None:

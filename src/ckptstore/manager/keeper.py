@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from ckptstore.clock import SYSTEM_CLOCK, rfc3339
@@ -113,12 +113,7 @@ class Keeper:
         """Saves that a remote does not have yet and would keep."""
         awaited: set[str] = set()
         for name, known in self._there.items():
-            there = [
-                replace(info, tiers={name: "complete"})
-                for info in infos
-                if info.save_id in known or info.tiers.get(LOCAL) == "complete"
-            ]
-            awaited |= self._remote.decide(there, name).keep.keys() - known
+            awaited |= self._remote.awaited(infos, name, known)
         return awaited
 
     def _prune_remote(self, name: str) -> None:
@@ -143,7 +138,7 @@ class Keeper:
         """Put the rules into the journal, where whoever looks at the run finds the reasons."""
         if not self._has_told:
             self._has_told = True
-            rules = {"local": asdict(self._local), "remote": asdict(self._remote)}
+            rules = {"local": asdict(self._local), "remote": asdict(self._remote), "remotes": sorted(self._remotes)}
             journal.append(self._tier, self._run, "rules", [{"time": rfc3339(SYSTEM_CLOCK.now()), **rules}])
 
     def _note(self, decision: Decision) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ckptstore.ops import history
 from ckptstore.ops.open import Place
 from ckptstore.policy.retention import Retention
 from ckptstore.repo import journal
+from ckptstore.repo.catalog import LOCAL
+from ckptstore.types import CheckpointInfo
 
 GOING = "no rule keeps it"
+#: The same where a remote that was not asked may lack it still.
+GOING_WHEN_SENT = f"{GOING} once the remote has it"
 
 
 def why_kept(place: Place, run: str) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -22,12 +29,25 @@ def why_kept(place: Place, run: str) -> dict[str, dict[str, tuple[str, ...]]]:
     verified = history.sound(place.local, run)
     found: dict[str, dict[str, tuple[str, ...]]] = {}
     for tier in dict.fromkeys(tier for info in infos for tier in info.tiers):
-        rules = Retention.noted(noted[-1].get("local" if tier == "local" else "remote"))
+        rules = Retention.noted(noted[-1].get("local" if tier == LOCAL else "remote"))
         if rules is None:
             continue
-        decision = rules.decide(infos, tier, verified=verified)
+        awaited, unsure = _awaited(place, infos, noted[-1]) if tier == LOCAL else (set(), set())
+        decision = rules.decide(infos, tier, verified=verified, busy=awaited)
         for save_id, reasons in decision.keep.items():
             found.setdefault(save_id, {})[tier] = reasons
         for info in decision.drop:
-            found.setdefault(info.save_id, {})[tier] = (GOING,)
+            found.setdefault(info.save_id, {})[tier] = (GOING_WHEN_SENT if info.save_id in unsure else GOING,)
     return found
+
+
+def _awaited(place: Place, infos: list[CheckpointInfo], noted: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Saves that a remote lacks and would keep: for sure, and as far as can be told without asking it."""
+    awaited: set[str] = set()
+    unsure: set[str] = set()
+    rules = Retention.noted(noted.get("remote"))
+    if rules is not None:
+        for name in {*place.blobs, *noted.get("remotes", ())}:
+            known = {info.save_id for info in infos if info.tiers.get(name) == "complete"}
+            (awaited if name in place.blobs else unsure).update(rules.awaited(infos, name, known))
+    return awaited, unsure

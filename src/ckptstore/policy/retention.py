@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from ckptstore.errors import ConfigError
 from ckptstore.types import CheckpointInfo
@@ -111,6 +111,19 @@ class Retention:
             reasons.add((line or here)[-1:], "the only one")
         drop = tuple(info for info in here if info.save_id not in reasons.found)
         return Decision({key: tuple(value) for key, value in reasons.found.items()}, drop, note)
+
+    def awaited(self, infos: Sequence[CheckpointInfo], remote: str, known: Collection[str]) -> set[str]:
+        """Of the saves in the local tier, those that ``remote`` lacks and these rules would keep there.
+
+        Args:
+            known: save_ids that are there already.
+        """
+        there = [
+            replace(info, tiers={remote: "complete"})
+            for info in infos
+            if info.save_id in known or info.tiers.get("local") == "complete"
+        ]
+        return set(self.decide(there, remote).keep).difference(known)
 
     @property
     def limit(self) -> int | None:
