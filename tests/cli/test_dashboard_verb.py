@@ -76,12 +76,15 @@ def test_dashboard_refuses_when_there_is_no_store(tmp_path: Path) -> None:
     assert done.returncode == 10
 
 
-@pytest.mark.parametrize(("name", "code"), [("report.gif", 2), ("there.html", 14), ("no/such/folder.html", 1)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("report.gif", 2), ("there.html", 14), ("no/such/folder.html", 1), ("there.html/x.html", 1)]
+)
 def test_plot_refuses_when_it_can_not_write(root: Path, tmp_path: Path, name: str, code: int) -> None:
     (tmp_path / "there.html").write_text("mine")
     command = [*COMMAND, "plot", str(root), "-o", str(tmp_path / name)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
     assert (tmp_path / "there.html").read_text() == "mine"
 
 

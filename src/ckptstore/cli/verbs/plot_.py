@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -65,7 +66,8 @@ def command(settings: Settings, output: str, force: bool) -> None:
             raise StorageError(f"can't write {path}: {error.strerror}") from None
         finally:
             source.close()
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # why nothing could be written has been said
+                temporary.unlink()
     if settings.as_json:
         print_json(run=run, path=str(path.absolute()), size_bytes=size_bytes)
         return
