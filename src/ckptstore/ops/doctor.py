@@ -166,7 +166,10 @@ def _traits(name: str, blob: BlobStore, key: str) -> Iterator[Check]:
 
 
 def _skew(name: str, blob: BlobStore, key: str) -> Check:
-    info = blob.head(key)
+    try:
+        info = blob.head(key)
+    except CkptError as error:
+        return Check(f"{name}: clock", "warning", f"it can't be asked: {error.message}", error.hint or "try again")
     if info is None or info.modified is None:
         return Check(f"{name}: clock", "warning", "the server does not tell times", "gc can't work on this server")
     seconds = (info.modified - SYSTEM_CLOCK.now()).total_seconds()

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore.ops.doctor import survival
+from ckptstore.blob.base import ObjectInfo
+from ckptstore.blob.memory import MemoryBlobStore
+from ckptstore.errors import CredentialsError
+from ckptstore.ops.doctor import doctor, survival
+from ckptstore.ops.open import Place
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,15 @@ def test_doctor_says_which_deaths_a_staged_save_survives(
     check = survival(tmp_path, environ)
     assert (check.state, told in check.detail) == (state, True)
     assert (check.fix is not None) == (state == "warning")
+
+
+def test_doctor_goes_on_and_cleans_up_when_a_head_is_refused() -> None:
+    class Refusing(MemoryBlobStore):
+        def head(self, key: str) -> ObjectInfo | None:
+            raise CredentialsError("403")
+
+    blob = Refusing("refusing")
+    checks = {check.name: check for check in doctor(Place(None, {"s3": blob}))}
+    assert (checks["s3: clock"].state, "403" in checks["s3: clock"].detail) == ("warning", True)
+    assert "s3: list" in checks
+    assert list(blob.list("")) == []
