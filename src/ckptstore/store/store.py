@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -500,10 +501,10 @@ class CheckpointStore:
             )
         return self._session
 
-    def _newest_claim(self) -> tuple[int, str] | None:
-        """What this node knows of the newest job in the run; its agent brings claims of other machines here."""
+    def _newest_claim(self, above: int) -> tuple[int, str] | None:
+        """The newest claim above this number that this node knows of; its agent brings those of other machines here."""
         local = self._open_tiers().local
-        return newest_claim(local, self.run) if local is not None else None
+        return newest_claim(local, self.run, above) if local is not None else None
 
     def _catalog_for_saving(self) -> Catalog:
         """What a new timeline is to continue from. A bucket that refuses never keeps a save from the local disk."""
@@ -514,7 +515,8 @@ class CheckpointStore:
             return tiers.catalog()
         except StorageError as error:
             log.warning("a remote can't be listed, the save goes by the local tier alone: %s", error)
-            return Catalog.read(tiers.local, (), self.run)
+            unreachable = {remote.name: TransientError(str(error)) for remote in tiers.remotes}
+            return dataclasses.replace(Catalog.read(tiers.local, (), self.run), unreachable=unreachable)
 
     def _committed(self) -> dict[str, set[str]]:
         """Remote's name -> the saves it holds, as far as it can be asked now."""
