@@ -48,9 +48,7 @@ class Live:
         self._run, self._optimizers, self._clock = run, optimizers, clock
         self._next = -1.0
         self._waiting: deque[dict[str, Any]] = deque(maxlen=MAX_WAITING)
-        self._wake = threading.Event()
-        self._is_closing = False
-        self._thread: threading.Thread | None = None
+        self._writer: _Writer | None = None
 
     def note(self, step: int, epoch: int | None, metrics: Mapping[str, Any] | None) -> None:
         """A step is done. Never blocks on a disk or a device, never raises."""
@@ -59,25 +57,26 @@ class Live:
             return
         self._next = now + PERIOD_SECONDS
         values = {
-            name: json_number(value) for name, given in (metrics or {}).items() if (value := _host(given)) is not None
+            str(name): json_number(value)
+            for name, given in (metrics or {}).items()
+            if (value := _host(given)) is not None
         }
         if "lr" not in values and (rate := self._learning_rate()) is not None:
             values["lr"] = rate
         point = {"time": rfc3339(SYSTEM_CLOCK.now()), "step": step, "epoch": epoch, "metrics": values}
         self._waiting.append(point)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._write, name="ckptstore-live", daemon=True)
-            self._thread.start()
-        self._wake.set()
+        if self._writer is None:
+            self._writer = _Writer(self._tier, self._run, self._waiting)
+            self._writer.start()
+        self._writer.wake.set()
 
     def close(self) -> None:
         """Write what is left, if the disk takes it within a second."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._is_closing = True
-            self._wake.set()
-            thread.join(1.0)
-            self._is_closing = False
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.closing.set()
+            writer.wake.set()
+            writer.join(1.0)
 
     def _learning_rate(self) -> float | None:
         for optimizer in self._optimizers():
@@ -85,12 +84,20 @@ class Live:
                 return _host(group.get("lr"))
         return None
 
-    def _write(self) -> None:
-        assert self._tier is not None
+
+class _Writer(threading.Thread):
+    """Writes what waits each time it is woken, and a last time once it is closing, however long the disk hung."""
+
+    def __init__(self, tier: LocalTier, run: str, waiting: deque[dict[str, Any]]) -> None:
+        super().__init__(name="ckptstore-live", daemon=True)
+        self._tier, self._run, self._waiting = tier, run, waiting
+        self.wake, self.closing = threading.Event(), threading.Event()
+
+    def run(self) -> None:
         while True:
-            self._wake.wait()
-            self._wake.clear()
-            is_last = self._is_closing
+            self.wake.wait()
+            self.wake.clear()
+            is_last = self.closing.is_set()
             if self._tier.run_path(self._run).is_dir():
                 points = []
                 with suppress(IndexError):
@@ -106,6 +113,12 @@ def _host(value: Any) -> float | None:
     """The number, if reading it costs nothing."""
     if isinstance(value, torch.Tensor):
         # Subclasses may do anything when they are asked, such as talking to other ranks.
-        is_here = type(value) is torch.Tensor and value.device.type == "cpu" and value.numel() == 1
-        return float(value.detach()) if is_here else None
-    return float(value) if isinstance(value, Real) else None
+        if type(value) is not torch.Tensor or value.device.type != "cpu" or value.numel() != 1:
+            return None
+        value = value.detach()
+    elif not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except (RuntimeError, OverflowError, ValueError, TypeError):  # complex, or too large
+        return None

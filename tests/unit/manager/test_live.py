@@ -41,11 +41,19 @@ def test_points_are_written_once_a_period_with_what_is_on_the_host(tier: LocalTi
     for step in range(1, 25):
         clock.now += PERIOD_SECONDS / 8
         loss = torch.tensor(1 / step, requires_grad=True)
-        live.note(step, 2, {"loss": loss, "far": on_a_device, "nan": float("nan"), "word": "x", "many": torch.ones(3)})
+        noted: dict[Any, Any] = {
+            "loss": loss,
+            "far": on_a_device,
+            "nan": float("nan"),
+            "word": "x",
+            "many": torch.ones(3),
+        }
+        noted |= {"complex": torch.tensor(1j), "huge": 10**400, 3: 4.0}
+        live.note(step, 2, noted)
     live.close()
     found = read(tier)
     assert [(point["step"], point["epoch"]) for point in found] == [(1, 2), (9, 2), (17, 2)]
-    assert found[0]["metrics"] == {"loss": 1.0, "nan": "nan", "lr": 0.25}
+    assert found[0]["metrics"] == {"loss": 1.0, "nan": "nan", "3": 4.0, "lr": 0.25}
 
 
 def test_a_given_learning_rate_counts(tier: LocalTier) -> None:
@@ -81,6 +89,22 @@ def test_training_does_not_wait_for_the_disk(tier: LocalTier, monkeypatch: pytes
     assert not let_go.is_set(), "all steps were taken while the disk hung"
     let_go.set()
     live.close()
+
+
+def test_the_writer_ends_when_the_disk_comes_back_after_the_close(
+    tier: LocalTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go = threading.Event()
+    monkeypatch.setattr(journal, "append", lambda *_: let_go.wait(60))
+    before = set(threading.enumerate())
+    live = Live(tier.root, "bert", list)
+    live.note(1, None, {"loss": 1.0})
+    (writer,) = set(threading.enumerate()) - before
+    live.close()
+    assert writer.is_alive()
+    let_go.set()
+    writer.join(30)
+    assert not writer.is_alive()
 
 
 def test_nothing_is_done_without_a_local_tier() -> None:
