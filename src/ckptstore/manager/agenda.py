@@ -60,11 +60,6 @@ class Agenda:
         return news.signal, reason
 
     @property
-    def is_alone(self) -> bool:
-        """Whether there are no other ranks."""
-        return self._desk.is_alone
-
-    @property
     def can_save(self) -> bool:
         """Whether the other ranks can be reached, as far as is known."""
         return not self._desk.is_silent

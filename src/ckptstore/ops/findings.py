@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ckptstore.errors import FormatError, IncompleteCheckpointError, IntegrityError, NotFoundError
@@ -127,3 +128,11 @@ def root_fits(root: RootManifest, shards: list[ShardManifest], name: str) -> Ite
         is_right = False
     if not is_right:
         yield Breach("the manifest is not what its shard manifests make it", object=name)
+
+
+def bytes_of(file: Path) -> bytes | None:
+    """What the file holds; None if it can't be read."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None

@@ -8,11 +8,10 @@ is known to lie in it, and where the summary bears witness to what comes out.
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 
 from ckptstore.format import stock
 from ckptstore.format.manifest import MAX_MANIFEST_BYTES, RootManifest, ref_of, root_of
-from ckptstore.ops.findings import DAMAGE
+from ckptstore.ops.findings import DAMAGE, bytes_of
 from ckptstore.repo import durable, names
 from ckptstore.repo.durable import raise_for_errno
 from ckptstore.repo.local import LocalTier
@@ -39,14 +38,14 @@ def rederive(tier: LocalTier, run: str, save: LocalSave) -> None:
             root = root_of(shards)
         except DAMAGE:
             return
-        if _bytes_of(path / names.SUMMARY) != root.summary.encode():
+        if bytes_of(path / names.SUMMARY) != root.summary.encode():
             return
     wanted = {names.SUMMARY: root.summary.encode(), names.MANIFEST: root.encode()}
     if [ref_of(shard) for shard in shards] == list(root.shards):
         wanted = {names.STOCK_METADATA: stock.metadata(root, shards), **wanted}
     try:
         for name, data in wanted.items():  # the manifest comes last
-            if _bytes_of(path / name) != data:
+            if bytes_of(path / name) != data:
                 durable.write_replacing(path / name, data)
                 durable.fsync_dir(path)
     except OSError as error:
@@ -82,10 +81,3 @@ def _root_from_shards(remote: RemoteTier, save: RemoteSave) -> RootManifest | No
     except DAMAGE:
         return None
     return root if witness == root.summary.encode() else None
-
-
-def _bytes_of(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except OSError:
-        return None

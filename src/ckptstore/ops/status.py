@@ -53,6 +53,7 @@ class Rank:
 
     slot: int
     is_attached: bool
+    """Whether its trainer is there; what a dead one left in memory is still written."""
     staging: tuple[int, ...]
     """Steps that are in memory and not on disk yet."""
 
@@ -81,7 +82,7 @@ def status(tiers: RunTiers, clock: Clock = SYSTEM_CLOCK) -> Status:
         behind = {info.save_id for info in held}
         waiting |= {info.save_id for info in infos if info.save_id not in behind}
     waiting_bytes = sum(info.size_bytes for info in infos if info.save_id in waiting)
-    return Status(tiers.run, safety, len(waiting), waiting_bytes, agent, _ranks(said))
+    return Status(tiers.run, safety, len(waiting), waiting_bytes, agent, _ranks(tiers.run, agent or {}, said))
 
 
 def _staged(staged: list[dict[str, Any]], infos: list[CheckpointInfo], clock: Clock) -> Safety:
@@ -94,10 +95,16 @@ def _staged(staged: list[dict[str, Any]], infos: list[CheckpointInfo], clock: Cl
     return _safety(survives, infos, last.step if last is not None else None, clock)
 
 
-def _ranks(said: dict[str, Any]) -> tuple[Rank, ...]:
-    attached = set(said.get("ranks_attached", []))
-    staging = tuple(sorted(save["step"] for save in said.get("saves", [])))
-    return tuple(Rank(slot, True, staging) for slot in sorted(attached))
+def _ranks(run: str, agent: dict[str, Any], said: dict[str, Any]) -> tuple[Rank, ...]:
+    """The slots that are in use, each with what it has copied whole."""
+    steps = {save["save_id"]: save["step"] for save in said.get("saves", [])}
+    found = []
+    for slot in agent.get("slots", []):
+        sealed = [g["save_id"] for g in slot["generations"] if g["state"] == "sealed" and not g["is_on_disk"]]
+        staging = tuple(sorted(steps[save_id] for save_id in sealed if save_id in steps))
+        if slot["run"] == run and (slot["is_attached"] or staging):
+            found.append(Rank(slot["slot"], slot["is_attached"], staging))
+    return tuple(sorted(found, key=lambda rank: rank.slot))
 
 
 def _safety(survives: str, infos: list[CheckpointInfo], newest: int | None, clock: Clock) -> Safety:

@@ -57,13 +57,13 @@ def verify(
                 result.findings.append(Finding(damaged.step, damaged.save_id, tier, "damage", damaged.reason))
         for save in catalog.prepared:
             if tiers.local is not None:
-                result.findings += _uncommitted(tiers.local, save, LOCAL)
+                result.findings += _uncommitted(tiers.local, save)
         for remote in tiers.remotes:
             result.findings += _lost_commits(remote)
     return result
 
 
-def _uncommitted(tier: LocalTier, save: LocalSave, name: str) -> list[Finding]:
+def _uncommitted(tier: LocalTier, save: LocalSave) -> list[Finding]:
     """A save all of whose parts are here and whose manifest isn't: on one node they appear together."""
     try:
         shards = tier.shard_manifests_present(save.path)
@@ -72,7 +72,7 @@ def _uncommitted(tier: LocalTier, save: LocalSave, name: str) -> list[Finding]:
     if not shards or len(shards) < shards[0].world_size:
         return []
     what = "manifest.json is missing although every rank's part is here"
-    return [Finding(save.step, save.save_id, name, "damage", what, object="manifest.json")]
+    return [Finding(save.step, save.save_id, LOCAL, "damage", what, object="manifest.json")]
 
 
 def _lost_commits(remote: RemoteTier) -> list[Finding]:
@@ -89,7 +89,7 @@ def check_record(
 ) -> None:
     """Check one checkpoint in every tier that has it; adds to ``result``."""
     if tiers.local is not None and record.local is not None and record.local.state == "prepared":
-        result.findings += _uncommitted(tiers.local, record.local, LOCAL)
+        result.findings += _uncommitted(tiers.local, record.local)
     elif tiers.local is not None and record.local is not None:
         _check(result, record, LOCAL, check_local(tiers.local, tiers.run, record, depth), progress)
     for remote in tiers.remotes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ckptstore.format import stock
 from ckptstore.format.manifest import RootManifest, ShardManifest, digest
-from ckptstore.ops.findings import Breach, Depth, Step, root_fits, twice
+from ckptstore.ops.findings import Breach, Depth, Step, bytes_of, root_fits, twice
 from ckptstore.repo.catalog import Record
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.packs import chunks_of
@@ -27,7 +27,7 @@ def check_local(tier: LocalTier, run: str, record: Record, depth: Depth) -> Iter
     if root is None:
         return
     summary = save.path / "summary.json"
-    if _bytes_of(summary) != root.summary.encode():
+    if bytes_of(summary) != root.summary.encode():
         yield Breach("summary.json is not what the manifest says", object="summary.json")
     shards: list[ShardManifest] = []
     for ref in root.shards:
@@ -46,16 +46,9 @@ def check_local(tier: LocalTier, run: str, record: Record, depth: Depth) -> Iter
         yield from _stock_metadata(save.path, root, shards)
 
 
-def _bytes_of(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except OSError:
-        return None
-
-
 def _stock_metadata(path: Path, root: RootManifest, shards: list[ShardManifest]) -> Iterator[Step]:
     """The one derived file: equal to what the manifests derive, or rebuilt by a restore."""
-    found = _bytes_of(path / ".metadata")
+    found = bytes_of(path / ".metadata")
     if found is None:
         yield Breach(".metadata is missing: stock DCP can't open this checkpoint", object=".metadata")
     elif found != stock.metadata(root, shards):

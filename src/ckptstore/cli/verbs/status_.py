@@ -78,7 +78,8 @@ def _lines(found: Status) -> list[str]:
     said = (found.agent or {}).get("runs", {}).get(found.run, {})
     for rank in found.ranks:
         staging = ", ".join(f"step {step}" for step in rank.staging) or "nothing"
-        lines.append(f"rank slot {rank.slot}: attached, in memory only: {staging}")
+        state = "attached" if rank.is_attached else "its trainer is gone"
+        lines.append(f"rank slot {rank.slot}: {state}, in memory only: {staging}")
     return lines + [queue_line(found.run, remote, queue) for remote, queue in said.get("remotes", {}).items()]
 
 
