@@ -49,9 +49,15 @@ class ResumableLoader:
             self._begun, skip = self._randomness(), 0
             order, seed = self._order()
         self._seen = skip
-        for batch in _loader_like(self.loader, islice(order, skip, None), seed + skip):
-            self._seen += 1
-            yield batch
+        loader = _loader_like(self.loader, islice(order, skip, None), seed + skip)
+        batches = iter(loader)  # with a name it outlives what comes finally: torch ends its workers when it goes
+        try:
+            for batch in batches:
+                self._seen += 1
+                yield batch
+        finally:
+            if isinstance(loader.worker_init_fn, outlive_signals):
+                loader.worker_init_fn.let_go()
         self._begun, self._seen = None, 0
 
     @property

@@ -24,6 +24,10 @@ class outlive_signals:  # noqa: N801  # reads as what it does: worker_init_fn=ou
     Workers end as always when the loader is done with them, when the trainer exits (then SIGTERM ends them again), and
     within seconds of its death. ``ResumableLoader`` does this by itself.
 
+    torch asks a worker that is stuck when its loader is done to end by SIGTERM, which looks like everybody's: such a
+    worker stays until the trainer exits, unless :meth:`let_go` came first. ``ResumableLoader`` calls it for an epoch
+    that is left early; a worker that gets stuck after its last batch stays.
+
     Args:
         worker_init_fn: one of yours, called first.
     """
@@ -42,6 +46,10 @@ class outlive_signals:  # noqa: N801  # reads as what it does: worker_init_fn=ou
             # Not ignored: whatever the worker starts would inherit that.
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, self._handle)
+
+    def let_go(self) -> None:
+        """In the trainer: from now on SIGTERM ends the workers."""
+        _note(self._is_over)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         trainer = multiprocessing.parent_process()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from typing import Any
 
 import pytest
@@ -98,3 +100,24 @@ def test_an_iterable_dataset_is_refused() -> None:
 
     with pytest.raises(StateError, match="map-style"):
         ResumableLoader(DataLoader(Stream()))
+
+
+class Stuck(Dataset[int]):
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(600 * index)
+        return index
+
+
+def test_a_stuck_worker_ends_when_its_epoch_is_left_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # torch's patience
+    batches = iter(ResumableLoader(DataLoader(Stuck(), num_workers=1)))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    del batches
+    worker.join(60)
+    is_left = worker.is_alive()
+    worker.kill()
+    assert not is_left
