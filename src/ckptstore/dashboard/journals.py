@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from ckptstore.clock import parse_rfc3339
+from ckptstore.ops.history import sound_of
 from ckptstore.repo import journal
 from ckptstore.repo.local import LocalTier
 
@@ -89,14 +90,8 @@ class Journals:
         return None
 
     def well_read(self, run: str) -> frozenset[str]:
-        """save_ids whose every byte was read and found good, and never damaged since."""
-        good: set[str] = set()
-        for look in map(Look.of, self.records(run, "verified")):
-            if look is not None and look.result == "damaged":
-                good.discard(look.save_id)
-            elif look is not None and look.is_proof:
-                good.add(look.save_id)
-        return frozenset(good)
+        """save_ids with a copy whose last look at every byte found it good."""
+        return frozenset(sound_of(self.records(run, "verified")))
 
 
 def when(record: Mapping[str, Any]) -> datetime | None:

@@ -65,8 +65,13 @@ def sound(tier: LocalTier, run: str) -> set[str]:
 
     A look that read every byte tells; so does any that found damage.
     """
+    return sound_of(verified(tier, run))
+
+
+def sound_of(looks: Iterable[Mapping[str, Any]]) -> set[str]:
+    """As :func:`sound`, from records, oldest first."""
     latest: dict[tuple[str, str], bool] = {}
-    for look in verified(tier, run):
+    for look in looks:
         if look.get("depth") in FULL or look.get("result") == "damaged":
             for place in places_of(look):
                 latest[str(look.get("save_id")), place] = is_good(look)
