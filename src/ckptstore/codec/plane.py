@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from ckptstore import native
 from ckptstore.codec.arrays import WORD, Bytes, Words
 from ckptstore.codec.base import Buffer
 from ckptstore.codec.frame import EVEN, NARROW, RAW, ZSTD, Plane, damaged
@@ -37,7 +38,7 @@ def store(words: Words, trait: Trait, slot: str) -> Plane:
 
     The payload may be a view of ``words`` or of scratch memory named ``slot``.
     """
-    if trait.is_even and len(words) >= 8 * words.itemsize and not np.bitwise_or.reduce(words) & 1:
+    if trait.is_even and len(words) >= 8 * words.itemsize and _is_even(words):
         return Plane(EVEN, words.itemsize, _halve(words, slot))
     if words.itemsize > 1 or trait.is_dense:
         return Plane(RAW, words.itemsize, _view(words))
@@ -127,26 +128,35 @@ def _view(words: Words) -> memoryview:
 
 
 def _narrow(octets: Bytes, bits: int, bias: int) -> bytes:
+    share = 8 // bits
+    groups = -(-len(octets) // share)
+    packed, cut = SCRATCH.words("packed", groups, 1), SCRATCH.words("narrow", groups * share, 1)
+    if native.is_available():
+        misfits = cut[: native.narrow(octets, bits, bias, packed, cut)]
+    else:
+        misfits = _cut_and_pack(octets, bits, bias, packed, cut)
+    mode, head = _deflate(packed)
+    misfit_mode, rest = _deflate(misfits) if len(misfits) else (RAW, b"")
+    return b"".join([_NARROW.pack(bits, mode, misfit_mode, bias, len(head), len(misfits)), head, rest])
+
+
+def _cut_and_pack(octets: Bytes, bits: int, bias: int, packed: Bytes, cut: Bytes) -> Bytes:
+    """Fill ``packed``, with ``cut`` for whole groups in between; returns what the misfits exceed it by."""
     count, share, escape = len(octets), 8 // bits, (1 << bits) - 1
-    groups = -(-count // share)
-    cut = SCRATCH.words("narrow", groups * share, 1)
     np.subtract(octets, np.uint8(bias), out=cut[:count])
     cut[count:] = 0
     where = np.flatnonzero(cut >= escape)
     misfits = cut[where] - np.uint8(escape)
     cut[where] = escape
-    wide, spare = cut.view(WORD[share]), SCRATCH.words("spread", groups, share)
+    wide, spare = cut.view(WORD[share]), SCRATCH.words("spread", len(packed), share)
     steps = _SPREAD[bits]
     for i in reversed(range(len(steps))):
         np.right_shift(wide, steps[i][0], out=spare)
         np.bitwise_or(wide, spare, out=wide)
         if i:
             np.bitwise_and(wide, steps[i - 1][1], out=wide)
-    packed = SCRATCH.words("packed", groups, 1)
     np.copyto(packed, wide, casting="unsafe")
-    mode, head = _deflate(packed)
-    misfit_mode, rest = _deflate(misfits) if len(misfits) else (RAW, b"")
-    return b"".join([_NARROW.pack(bits, mode, misfit_mode, bias, len(head), len(misfits)), head, rest])
+    return misfits
 
 
 def _widen(payload: Buffer, count: int, slot: str) -> Bytes:
@@ -155,23 +165,38 @@ def _widen(payload: Buffer, count: int, slot: str) -> Bytes:
     bits, mode, misfit_mode, bias, packed_size, num_misfits = _NARROW.unpack_from(payload)
     if bits not in _SPREAD or num_misfits > count or packed_size > len(payload) - _NARROW.size:
         raise damaged("a narrow plane has the wrong size")
-    share, escape = 8 // bits, (1 << bits) - 1
+    share = 8 // bits
     groups = -(-count // share)
     body = memoryview(payload)[_NARROW.size :]
     packed = _unpack(mode, body[:packed_size], groups)
     misfits = _unpack(misfit_mode, body[packed_size:], num_misfits)
-    wide, spare = SCRATCH.words(slot, groups, share), SCRATCH.words("spread", groups, share)
+    room = SCRATCH.words(slot, groups * share, 1)
+    octets = room[:count]
+    if native.is_available():
+        found = native.widen(packed, bits, bias, misfits, octets)
+    else:
+        found = _unpack_and_fill(packed, bits, bias, misfits, room, count)
+    if found != num_misfits:
+        raise damaged("a narrow plane has the wrong number of misfits")
+    return octets
+
+
+def _unpack_and_fill(packed: Bytes, bits: int, bias: int, misfits: Bytes, room: Bytes, count: int) -> int:
+    """Fill the first ``count`` bytes of ``room``, which is for whole groups; returns how many misfits that takes."""
+    escape = (1 << bits) - 1
+    wide = room.view(WORD[8 // bits])
+    spare = SCRATCH.words("spread", len(wide), wide.itemsize)
     np.copyto(wide, packed)
     for shift, mask in _SPREAD[bits]:
         np.left_shift(wide, shift, out=spare)
         np.bitwise_or(wide, spare, out=wide)
         np.bitwise_and(wide, mask, out=wide)
-    octets = wide.view(np.uint8)[:count]
+    octets = room[:count]
     where = np.flatnonzero(octets == escape)
-    if len(where) != num_misfits:
-        raise damaged("a narrow plane has the wrong number of misfits")
-    octets[where] = misfits + np.uint8(escape)  # what is there is the escape
-    return np.add(octets, np.uint8(bias), out=octets)
+    if len(where) == len(misfits):
+        octets[where] = misfits + np.uint8(escape)  # what is there is the escape
+        np.add(octets, np.uint8(bias), out=octets)
+    return len(where)
 
 
 def _spread_steps(bits: int) -> list[tuple[int, np.unsignedinteger[Any]]]:
@@ -192,6 +217,10 @@ _SPREAD = {bits: _spread_steps(bits) for bits in (1, 2, 4)}
 # --- even
 
 
+def _is_even(words: Words) -> bool:
+    return native.is_even(words) if native.is_available() else not np.bitwise_or.reduce(words) & 1
+
+
 def _segments(words: Words) -> tuple[list[Words], Words, Words]:
     """Equal segments, one per bit of an element but the last; the last one; and what is left over."""
     width = 8 * words.itemsize
@@ -203,6 +232,9 @@ def _segments(words: Words) -> tuple[list[Words], Words, Words]:
 def _halve(words: Words, slot: str) -> memoryview:
     kept, dropped, rest = _segments(words)
     packed = SCRATCH.words(slot, len(words) - len(dropped), words.itemsize)
+    if native.is_available():
+        native.halve(words, packed)
+        return _view(packed)
     spare = SCRATCH.words("spread", len(dropped), words.itemsize)
     for i, segment in enumerate(kept):
         np.right_shift(dropped, i + 1, out=spare)
@@ -217,6 +249,9 @@ def _unhalve(plane: Plane, count: int, slot: str) -> Words:
     kept, dropped, rest = _segments(words)
     stored = (count - len(dropped)) * plane.num_bytes
     packed = np.frombuffer(_exactly(plane.payload, stored), words.dtype)
+    if native.is_available():
+        native.unhalve(packed, words)
+        return words
     dropped[:] = 0
     spare = SCRATCH.words("spread", len(dropped), plane.num_bytes)
     for i, segment in enumerate(kept):
@@ -240,7 +275,10 @@ def _difference(octets: Bytes, lag: int) -> Bytes:
 
 
 def _accumulate(octets: Bytes, lag: int) -> Bytes:
-    """Undo :func:`_difference` by doubling strides: each pass is one vector addition, and there are few."""
+    """Undo :func:`_difference`; without kernels by doubling strides: each pass is one vector addition, and there are few."""
+    if native.is_available():
+        native.accumulate(octets, lag, out := SCRATCH.words("sum0", len(octets), 1))
+        return out
     source, other = octets, (SCRATCH.words("sum0", len(octets), 1), SCRATCH.words("sum1", len(octets), 1))
     turn = 0
     while lag < len(octets):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ckptstore import native
 from ckptstore.codec import words
 from ckptstore.codec.arrays import WORD, Words
 from ckptstore.codec.base import BLOCK
@@ -48,6 +49,9 @@ def split(numbers: Words, old: Words | None, groups: list[int]) -> list[Words]:
     """The planes of ``numbers``, mapped against ``old`` or rotated; this thread's buffers."""
     count, width = len(numbers), numbers.itemsize
     planes = [SCRATCH.words(f"plane{i}", count, size) for i, size in enumerate(groups)]
+    if native.is_available():
+        native.split(numbers, old, planes)
+        return planes
     rest = _planes_below_head(groups, width)
     length = min(BLOCK, count)
     spare = SCRATCH.words("spare", length, width)
@@ -75,6 +79,9 @@ def join(planes: Sequence[Words], old: Words | None, *, rotated: bool, out: Word
     """
     count, width = len(out), out.itemsize
     rest = _planes_below_head([p.itemsize for p in planes], width)
+    if native.is_available():
+        native.join(planes, old, rotated=rotated, out=out)
+        return
     is_in_place = old is not None and np.may_share_memory(old, out)
     for start in range(0, count, BLOCK):
         block = out[start : start + BLOCK]

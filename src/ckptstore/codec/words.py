@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ckptstore import native
 from ckptstore.codec.arrays import Words
 from ckptstore.codec.base import BLOCK
 from ckptstore.codec.scratch import SCRATCH
@@ -63,6 +64,9 @@ def round_to_bfloat16(master: Words, out: Words, spare: Words) -> None:
     As a pure integer function it is defined for NaN too, though not always as a trainer's hardware rounds it:
     whoever uses it compares.
     """
+    if native.is_available():
+        native.round_to_bfloat16(master, out)
+        return
     np.right_shift(master, 16, out=spare)
     np.bitwise_and(spare, 1, out=spare)
     np.add(spare, 0x7FFF, out=spare)
@@ -72,6 +76,8 @@ def round_to_bfloat16(master: Words, out: Words, spare: Words) -> None:
 
 def equals_rounded(words: Words, master: Words) -> bool:
     """Whether each bf16 number is its master rounded; stops at the first block that isn't."""
+    if native.is_available():
+        return native.is_rounded(words, master)
     for start in range(0, len(words), BLOCK):
         block = words[start : start + BLOCK]
         out, spare = SCRATCH.words("rounded", len(block), 2), SCRATCH.words("spare", len(block), 4)

@@ -1,18 +1,22 @@
 """Copying a plan's pieces into the arena: the one pass over the bytes that a save makes.
 
-The arena is the image of the shard file, so each piece's place is known and a copy is all there is. ``Tensor.copy_``
-does strides, conjugation and devices, and releases the GIL, so several threads share the work.
+The arena is the image of the shard file, so each piece's place is known and a copy is all there is. The C kernels copy
+plain memory; ``Tensor.copy_`` does strides, conjugation and devices. Both release the GIL, so several threads share the
+work.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
+from ckptstore import native
 from ckptstore.dcp.binder import Binding
 from ckptstore.dcp.boxes import copyable
 from ckptstore.dcp.planner import Plan
@@ -20,8 +24,11 @@ from ckptstore.dcp.walk import Kind
 
 #: Below this a second thread costs more than it saves.
 _BYTES_PER_THREAD = 8 << 20
-#: Long copies are cut here, so that threads end together.
-_SLICE_BYTES = 16 << 20
+#: What a thread takes at once: long copies are cut here, so that threads end together, and short ones put together.
+_PORTION_BYTES = 8 << 20
+
+#: (address to, address from, bytes)
+Block: TypeAlias = tuple[int, int, int]
 
 
 class _Copy(NamedTuple):
@@ -78,7 +85,7 @@ class Stage:
                 copies = [_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]
                 _copy_from_cuda([copy for copy in copies if copy.source.is_cuda])
                 _run([copy for copy in copies if not copy.source.is_cuda], threads)
-            elif threads > 1:
+            elif total >= _BYTES_PER_THREAD:
                 _run([_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)], threads)
             elif targets:
                 torch._foreach_copy_(targets, sources)
@@ -108,28 +115,70 @@ class Stage:
 
 
 def _run(copies: list[_Copy], threads: int) -> None:
-    if threads <= 1:
-        _copy_all(copies)
-        return
-    shares: list[list[_Copy]] = [[] for _ in range(threads)]
-    load = [0] * threads
-    for copy in sorted(_cut(copies), key=lambda c: -c.size_bytes):
-        lightest = load.index(min(load))
-        shares[lightest].append(copy)
-        load[lightest] += copy.size_bytes
-    pool = _copiers(threads - 1)
-    others = [pool.submit(_copy_all, share) for share in shares[1:]]
+    """Copy it all; each thread takes the next piece of work when it has done one, so that they end together."""
+    work = deque(_portions(copies))
+
+    def take_turns() -> None:
+        while True:
+            try:
+                portion = work.popleft()
+            except IndexError:
+                return
+            portion()
+
+    others = [_copiers(threads - 1).submit(take_turns) for _ in range(min(threads, len(work)) - 1)]
     try:
-        _copy_all(shares[0])
+        take_turns()
     finally:
         for other in others:
             other.result()
 
 
-def _copy_all(copies: Sequence[_Copy]) -> None:
+def _portions(copies: list[_Copy]) -> Iterator[Callable[[], None]]:
+    """The work, in parts of about the size that is taken at once; the longest single ones first."""
+    blocks: list[Block] = []
+    tensors: list[_Copy] = []
+    for target, source, size in copies:
+        if native.is_available() and _is_plain(source):
+            blocks.append((target.data_ptr(), source.data_ptr(), size))
+        else:
+            tensors.append(_Copy(target, source, size))
+    for part in _grouped(sorted(_cut(tensors), key=lambda c: -c.size_bytes)):
+        yield partial(_copy_tensors, part)
+    for some in _grouped(_cut_blocks(blocks)):
+        yield partial(native.copy, *zip(*some, strict=True))
+
+
+_Sized = TypeVar("_Sized", bound=tuple[Any, Any, int])
+
+
+def _grouped(copies: Iterable[_Sized]) -> Iterator[list[_Sized]]:
+    group: list[_Sized] = []
+    size = 0
+    for copy in copies:
+        group.append(copy)
+        size += copy[2]
+        if size >= _PORTION_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _copy_tensors(copies: Sequence[_Copy]) -> None:
     with torch.no_grad():  # the mode is per thread
-        if copies:
-            torch._foreach_copy_([c.target for c in copies], [c.source for c in copies])
+        torch._foreach_copy_([c.target for c in copies], [c.source for c in copies])
+
+
+def _is_plain(source: torch.Tensor) -> bool:
+    """Whether its numbers are its memory's bytes from first to last."""
+    return source.is_contiguous() and not source.is_conj() and not source.is_neg()
+
+
+def _cut_blocks(blocks: Iterable[Block]) -> Iterator[Block]:
+    for target, source, size in blocks:
+        for at in range(0, size, _PORTION_BYTES):
+            yield target + at, source + at, min(_PORTION_BYTES, size - at)
 
 
 def _cut(copies: Iterable[_Copy]) -> Iterable[_Copy]:
@@ -137,10 +186,10 @@ def _cut(copies: Iterable[_Copy]) -> Iterable[_Copy]:
     for copy in copies:
         target, source, size = copy
         rows = source.shape[0] if source.dim() else 1
-        if size <= _SLICE_BYTES or rows == 1:
+        if size <= _PORTION_BYTES or rows == 1:
             yield copy
             continue
-        step = max(1, rows * _SLICE_BYTES // size)
+        step = max(1, rows * _PORTION_BYTES // size)
         for row in range(0, rows, step):
             part = target[row : row + step]
             yield _Copy(part, source[row : row + step], part.nbytes)

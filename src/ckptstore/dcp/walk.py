@@ -133,6 +133,14 @@ class Walk:
             return value  # its own codec knows more than we do
         return self._refer(".".join(map(str, path[:-1])), path[:-1], path[-1:], value, "plain")
 
+    def _is_named_only(self, value: object) -> bool:
+        """Whether nothing but its name would stand for this value in the tree."""
+        if type(value) is torch.Tensor:
+            return not self._is_composite(value)
+        return (
+            isinstance(value, torch.Tensor) and not tree.is_registered(type(value)) and not self._is_composite(value)
+        )
+
     def _is_composite(self, tensor: torch.Tensor) -> bool:
         return not self._all_plain and composites.is_composite(tensor)
 
@@ -172,8 +180,10 @@ class Walk:
         kind = type(value)
         if len(value) < _FRAGMENT_MIN or kind not in (dict, OrderedDict) or not path:
             return value
+        if kind is dict and type(next(iter(value.values()))) is dict:
+            return self._dicts(path, value, "plain")
         for key, item in value.items():
-            if type(key) is not str or not isinstance(item, torch.Tensor) or self._is_composite(item):
+            if type(key) is not str or not self._is_named_only(item):
                 return value
         prefix = ".".join(map(str, path))
         names = [self._add(prefix, path, (key,), item, "plain") for key, item in value.items()]
@@ -235,18 +245,19 @@ class Walk:
         for i, group in enumerate(groups):
             at = (*path, "param_groups", i, "params")
             group["params"] = self._fragment(at, group["params"], partial(list, group["params"]))
-        return {"state": self._moments((*path, "state"), state), "param_groups": groups}
+        return {"state": self._dicts((*path, "state"), state, "optim"), "param_groups": groups}
 
-    def _moments(self, path: Path, state: dict[Any, Any]) -> object:
-        for entry in state.values():
-            if type(entry) is not dict:
+    def _dicts(self, path: Path, state: dict[Any, Any], kind: Kind) -> object:
+        """Dicts of nothing but tensors in a dict, as optimizers keep them, are one fragment."""
+        for fqn, entry in state.items():
+            if type(entry) is not dict or type(fqn) is not str:
                 return state
-            for item in entry.values():
-                if not isinstance(item, torch.Tensor) or self._is_composite(item):
+            for key, item in entry.items():
+                if type(key) is not str or not self._is_named_only(item):
                     return state
         prefix = ".".join(map(str, path))
         names = [
-            self._add(prefix, path, (fqn, key), item, "optim")
+            self._add(prefix, path, (fqn, key), item, kind)
             for fqn, entry in state.items()
             for key, item in entry.items()
         ]
