@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 
 from ckptstore import native
+from ckptstore.agent.arena import populate_range
 from ckptstore.dcp.binder import Binding
 from ckptstore.dcp.boxes import copyable
 from ckptstore.dcp.planner import Plan
@@ -72,7 +73,9 @@ class Stage:
             Bytes copied.
         """
         locals_ = binding.locals
+        known = len(self._targets)
         targets, indexes = self._views(binding, image)
+        is_new = len(self._targets) > known
         total = self._total
         if kinds is not None:
             chosen = [(t, i) for t, i in zip(targets, indexes, strict=True) if binding.tensors[i].kind in kinds]
@@ -84,9 +87,9 @@ class Stage:
             if any(source.is_cuda for source in sources):
                 copies = [_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]
                 _copy_from_cuda([copy for copy in copies if copy.source.is_cuda])
-                _run([copy for copy in copies if not copy.source.is_cuda], threads)
+                _run([copy for copy in copies if not copy.source.is_cuda], threads, bring_pages=is_new)
             elif total >= _BYTES_PER_THREAD:
-                _run([_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)], threads)
+                _run([_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)], threads, bring_pages=is_new)
             elif targets:
                 torch._foreach_copy_(targets, sources)
         return total
@@ -114,9 +117,13 @@ class Stage:
         return views
 
 
-def _run(copies: list[_Copy], threads: int) -> None:
-    """Copy it all; each thread takes the next piece of work when it has done one, so that they end together."""
-    work = deque(_portions(copies))
+def _run(copies: list[_Copy], threads: int, *, bring_pages: bool = False) -> None:
+    """Copy it all; each thread takes the next piece of work when it has done one, so that they end together.
+
+    Args:
+        bring_pages: the targets may be in memory that nobody has touched.
+    """
+    work = deque(_portions(copies, bring_pages=bring_pages))
 
     def take_turns() -> None:
         while True:
@@ -134,7 +141,7 @@ def _run(copies: list[_Copy], threads: int) -> None:
             other.result()
 
 
-def _portions(copies: list[_Copy]) -> Iterator[Callable[[], None]]:
+def _portions(copies: list[_Copy], *, bring_pages: bool) -> Iterator[Callable[[], None]]:
     """The work, in parts of about the size that is taken at once; the longest single ones first."""
     blocks: list[Block] = []
     tensors: list[_Copy] = []
@@ -146,7 +153,7 @@ def _portions(copies: list[_Copy]) -> Iterator[Callable[[], None]]:
     for part in _grouped(sorted(_cut(tensors), key=lambda c: -c.size_bytes)):
         yield partial(_copy_tensors, part)
     for some in _grouped(_cut_blocks(blocks)):
-        yield partial(native.copy, *zip(*some, strict=True))
+        yield partial(_copy_blocks, some, bring_pages=bring_pages)
 
 
 _Sized = TypeVar("_Sized", bound=tuple[Any, Any, int])
@@ -168,6 +175,13 @@ def _grouped(copies: Iterable[_Sized]) -> Iterator[list[_Sized]]:
 def _copy_tensors(copies: Sequence[_Copy]) -> None:
     with torch.no_grad():  # the mode is per thread
         torch._foreach_copy_([c.target for c in copies], [c.source for c in copies])
+
+
+def _copy_blocks(blocks: Sequence[Block], *, bring_pages: bool) -> None:
+    targets, sources, sizes = zip(*blocks, strict=True)
+    if bring_pages:
+        populate_range(targets[0], targets[-1] + sizes[-1] - targets[0])  # blocks come in the order of the image
+    native.copy(targets, sources, sizes)
 
 
 def _is_plain(source: torch.Tensor) -> bool:

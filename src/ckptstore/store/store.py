@@ -162,11 +162,14 @@ class CheckpointStore:
                 )
             if wait is not None:
                 check_level(wait, self.remotes)
-            session = self._open_session(self.local)
-            torn, self._torn = self._torn, None
-            if torn is not None and self.is_node_leader:
-                session.link.mend(torn)
-            handle = session.save(state, step, epoch=epoch, metrics=metrics, tags=tags, emergency=emergency)
+            from ckptstore.dcp.pause import no_collections
+
+            with no_collections():
+                session = self._open_session(self.local)
+                torn, self._torn = self._torn, None
+                if torn is not None and self.is_node_leader:
+                    session.link.mend(torn)
+                handle = session.save(state, step, epoch=epoch, metrics=metrics, tags=tags, emergency=emergency)
         if wait is not None:
             handle.wait(wait)
         return handle
