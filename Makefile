@@ -18,7 +18,7 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## create .venv with everything the demo and the tests need
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py src/ckptstore/native/kernels.c src/ckptstore/native/build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed; run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "the venv module is missing; run: apt-get install python3-venv"; exit 1; }
 	@free=$$(df -Pk . | awk 'NR==2 {print int($$4/1048576)}'); [ "$$free" -ge 4 ] || { echo "4 GiB of free disk are needed here, $$free GiB are left; make room first"; exit 1; }

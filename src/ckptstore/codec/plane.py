@@ -275,7 +275,7 @@ def _difference(octets: Bytes, lag: int) -> Bytes:
 
 
 def _accumulate(octets: Bytes, lag: int) -> Bytes:
-    """Undo :func:`_difference`; without kernels by doubling strides: each pass is one vector addition, and there are few."""
+    """Undo :func:`_difference`; in NumPy by doubling strides: each pass is one vector addition, and there are few."""
     if native.is_available():
         native.accumulate(octets, lag, out := SCRATCH.words("sum0", len(octets), 1))
         return out

@@ -89,7 +89,9 @@ class Stage:
                 _copy_from_cuda([copy for copy in copies if copy.source.is_cuda])
                 _run([copy for copy in copies if not copy.source.is_cuda], threads, bring_pages=is_new)
             elif total >= _BYTES_PER_THREAD:
-                _run([_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)], threads, bring_pages=is_new)
+                _run(
+                    [_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)], threads, bring_pages=is_new
+                )
             elif targets:
                 torch._foreach_copy_(targets, sources)
         return total

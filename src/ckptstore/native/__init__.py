@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     Array = npt.NDArray[np.unsignedinteger[Any]]
 
 __all__ = [
-    "ENVIRONMENT", "accumulate", "copy", "halve", "is_available", "is_even", "is_rounded", "join", "narrow", "round_to_bfloat16",
-    "split", "unhalve", "widen",
+    "ENVIRONMENT", "accumulate", "copy", "halve", "is_available", "is_even", "is_rounded", "join", "narrow",
+    "round_to_bfloat16", "split", "unhalve", "widen",
 ]  # fmt: skip
 
 #: ``0`` leaves the kernels alone.

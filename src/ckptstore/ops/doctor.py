@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from ckptstore import native
 from ckptstore._version import __version__
 from ckptstore.blob.base import BlobStore
 from ckptstore.clock import SYSTEM_CLOCK
@@ -47,8 +48,24 @@ def doctor(place: Place) -> list[Check]:
         checks.append(_agent(place.local.root))
         checks.append(survival())
     checks.append(_memory())
+    checks.append(kernels())
     checks.append(Check("versions", "ok", f"ckptstore {__version__}, Python {platform.python_version()}"))
     return checks
+
+
+def kernels() -> Check:
+    """Whether copying and coding run in C."""
+    name = "C kernels"
+    if native.is_available():
+        return Check(name, "ok", "in use")
+    if os.environ.get(native.ENVIRONMENT) == "0":
+        return Check(name, "ok", f"switched off by {native.ENVIRONMENT}=0")
+    return Check(
+        name,
+        "warning",
+        "not there: saves hold training up longer, uploads and restores take more CPU",
+        "install gcc (or set CC), then pip install --force-reinstall --no-deps --no-binary ckptstore ckptstore",
+    )
 
 
 def _tried(name: str, action: Callable[[], str], fix: str) -> Check:
