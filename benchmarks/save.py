@@ -398,9 +398,9 @@ def ranks(bench: Bench, kind: str, mib: int) -> dict[str, Any]:
     return {"kind": kind, "world_size": dist.get_world_size(), "rows": rows, "ratios": ratios}
 
 
-def training(bench: Bench, mib: int, seconds: float = 25.0) -> dict[str, Any]:
-    """Steps per second of a one-thread loop, alone and with a save every 20 s that is written and uploaded."""
-    torch.set_num_threads(1)
+def training(bench: Bench, mib: int, threads: int, seconds: float = 25.0) -> dict[str, Any]:
+    """Steps per second of a loop of so many threads, alone and with a save every 25 s that is written and uploaded."""
+    torch.set_num_threads(threads)
     model = large_model(mib)
     optimizer = train(model, 1)
     bucket = f"file://{bench.folder}/sink"
@@ -424,6 +424,7 @@ def training(bench: Bench, mib: int, seconds: float = 25.0) -> dict[str, Any]:
     store.close()
     return {
         "cpus": os.cpu_count(),
+        "threads": threads,
         "pairs_steps_per_second": pairs,
         "ratios": {"slowdown": statistics.median(alone / with_save for alone, with_save in pairs)},
     }
@@ -446,7 +447,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1536)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="large,first,small,small-fsdp2,ddp,fsdp2,training")
+    parser.add_argument("--only", default="large,first,small,small-fsdp2,ddp,fsdp2,training,training-full")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -472,7 +473,7 @@ def main() -> None:
             elif name == "small":
                 results[name] = small(bench)
             else:
-                results[name] = training(bench, args.mib // 3)
+                results[name] = training(bench, args.mib // 3, (os.cpu_count() or 1) if name == "training-full" else 1)
         finally:
             bench.close()
             shutil.rmtree(folder, ignore_errors=True)

@@ -187,8 +187,8 @@ def _copy_blocks(blocks: Sequence[Block], *, bring_pages: bool) -> None:
 
 
 def _is_plain(source: torch.Tensor) -> bool:
-    """Whether its numbers are its memory's bytes from first to last."""
-    return source.is_contiguous() and not source.is_conj() and not source.is_neg()
+    """Whether its numbers are the host memory's bytes from first to last."""
+    return source.is_cpu and source.is_contiguous() and not source.is_conj() and not source.is_neg()
 
 
 def _cut_blocks(blocks: Iterable[Block]) -> Iterator[Block]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ckptstore import native
-from ckptstore.dcp.stage import _Copy, _run
+from ckptstore.dcp.stage import _Copy, _is_plain, _run
 from ckptstore.native import build
 from ckptstore.ops.doctor import kernels
 
@@ -64,6 +64,11 @@ def _odd_sources() -> list[torch.Tensor]:
         torch.randn(1, 2_500_000),
         torch.randint(0, 255, (1_000_003,), dtype=torch.uint8),
     ]
+
+
+def test_memory_of_a_device_is_left_to_torch() -> None:
+    assert _is_plain(torch.empty(3))
+    assert not _is_plain(torch.empty(3, device="meta"))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
