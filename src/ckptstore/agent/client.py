@@ -40,6 +40,8 @@ from ckptstore.format.stock import PieceSpec
 #: For answers that need no other rank; the disk may be slow.
 ANSWER_TIMEOUT_S = 30.0
 DISK_TIMEOUT_S = 120.0
+#: For what nobody's work depends on.
+TELL_TIMEOUT_S = 2.0
 #: Added to waits that the agent bounds itself.
 SLACK_S = 15.0
 
@@ -297,6 +299,11 @@ class AgentClient:
                 close_fds(fds)
             if not answer["parts"]:
                 return images
+
+    def restored(self, run: str, bytes_by_source: Mapping[str, int], repaired_files: int) -> bool:
+        """Have a load counted in the agent's metrics; False if it keeps none."""
+        loaded = {"bytes_by_source": dict(bytes_by_source), "repaired_files": repaired_files}
+        return bool(self._ask({"op": "restored", "run": run, **loaded}, TELL_TIMEOUT_S)[0]["is_counted"])
 
     def status(self) -> dict[str, Any]:
         """What the agent is doing; plain JSON."""

@@ -284,6 +284,11 @@ class Connection:
         close_fds([fd for _, fd, _ in held if fd not in {item[1] for item in wanted}])
         return {"parts": [[rank, size] for rank, _, size in wanted]}, [fd for _, fd, _ in wanted]
 
+    def _op_restored(self, request: Json) -> Answer:
+        run, sources = check_run_name(request["run"]), request["bytes_by_source"]
+        sizes = {str(source): int(size) for source, size in sources.items()}
+        return {"is_counted": self._server.count_restored(run, sizes, int(request["repaired_files"]))}, []
+
     def _op_status(self, _request: Json) -> Answer:
         return self._server.status(), []
 

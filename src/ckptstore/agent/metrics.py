@@ -70,6 +70,14 @@ class Metrics(Collector):
         self._retries = Counter("retries", "Requests that were tried again.", ["op", "reason"], **common)
         self._failures = Counter("failures", "Saves that failed, by level and error.", ["run", "op", "error"], **common)
         self._verify = Counter("verify_failures", "Copies that did not hold what they should.", ["run"], **common)
+        self._restored = Counter(
+            "restored_bytes", "Plain bytes this node's ranks have loaded, by where they came from.", ["run", "source"],
+            **common,
+        )  # fmt: skip
+        self._repaired = Counter(
+            "repaired_files", "Local shard files in which a load put good bytes in the place of damaged ones.", ["run"],
+            **common,
+        )  # fmt: skip
         self.registry.register(self)
 
     # ------------------------------------------------------------------ told
@@ -108,6 +116,12 @@ class Metrics(Collector):
         """Count a request that is about to be tried again."""
         self._retries.labels(op, reason).inc()
 
+    def restored(self, run: str, bytes_by_source: Mapping[str, int], repaired_files: int) -> None:
+        """Count what a rank has loaded."""
+        for source, size in bytes_by_source.items():
+            self._restored.labels(run, source).inc(size)
+        self._repaired.labels(run).inc(repaired_files)
+
     # ------------------------------------------------------------------ asked
 
     def collect(self) -> Iterator[Metric]:
@@ -129,6 +143,7 @@ class Metrics(Collector):
                 _keep_newest(committed, (run, name), remote["last_remote"])
             _keep_newest(committed, (run, "local"), said["last_local"])
             self._verify.labels(run)  # begins at 0, so that the first one is an increase
+            self._repaired.labels(run)
             jobs.update({(run, state): float(states[state]) for state in JOB_STATES})
         yield _gauge("upload_lag_seconds", "Age of the oldest save that a remote lacks.", ["run", "remote"], lag)
         yield _gauge("jobs", "Saves under way, by state.", ["run", "state"], jobs)

@@ -271,6 +271,12 @@ class AgentServer:
                 self._watch(self._metrics)
         self._metrics.serve(port)
 
+    def count_restored(self, run: str, bytes_by_source: Mapping[str, int], repaired_files: int) -> bool:
+        """Count what a rank has loaded; whether there are metrics to count it in."""
+        if self._metrics is not None:
+            self._metrics.restored(run, bytes_by_source, repaired_files)
+        return self._metrics is not None
+
     def tell(self, config: StoreConfig, environ: Mapping[str, str]) -> None:
         """Call the hooks this trainer asks for, from now on; the newest trainer that asks for any decides."""
         from ckptstore.agent.hooks import Hooks, Targets

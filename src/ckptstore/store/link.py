@@ -21,6 +21,7 @@ from ckptstore.format.manifest import ShardManifest
 from ckptstore.store.handle import SaveHandle
 from ckptstore.store.relay import NodeRelay
 from ckptstore.store.shared_root import refuse_shared_root
+from ckptstore.store.tally import LoadTally
 from ckptstore.types import CheckpointInfo
 
 log = logging.getLogger("ckptstore")
@@ -146,6 +147,10 @@ class AgentLink:
                 self._client.mend(save_id)
             except CkptError as error:
                 log.debug("mending save %s failed: %s", save_id, error)
+
+    def tell_loads(self, tally: LoadTally) -> None:
+        """Have the agent count what was loaded before it was there."""
+        tally.tell(self._client)
 
     def discard(self, save_id: str, reason: str) -> None:
         """Tell everybody that this rank's part of a save will not come."""

@@ -28,7 +28,7 @@ from ckptstore.repo.peers import Told
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.repo.remote import RemoteTier
 from ckptstore.store.nodes import Nodes
-from ckptstore.types import CheckpointInfo, StepLike
+from ckptstore.types import CheckpointInfo, LoadReport, StepLike
 
 log = logging.getLogger("ckptstore")
 
@@ -42,7 +42,7 @@ class Tiers:
     remotes: tuple[RemoteTier, ...]
 
     def catalog(self, elsewhere: Sequence[Summary] = ()) -> Catalog:
-        """The union of what they hold; a remote that can't be reached now is passed over if the local tier answers.
+        """The union of what they hold; a remote that can't be reached now is passed over if another tier has something.
 
         Args:
             elsewhere: Saves that are complete on other nodes of the job.
@@ -51,7 +51,7 @@ class Tiers:
             self.local,
             self.remotes,
             self.run,
-            tolerate_unreachable=self.local is not None,
+            tolerate_unreachable=True,
             elsewhere=elsewhere,
         )
 
@@ -68,7 +68,9 @@ def choose(tiers: Tiers, step: StepLike) -> tuple[Record, CheckpointReader, tupl
         IntegrityError, FormatError, IncompleteCheckpointError: the one asked for can't be read, or none of those there.
     """
     passed = _PassedOver(tiers.run)
-    for record in _candidates(tiers, step, (), missing_ok=False):
+    records, left_out = _candidates(tiers, step, (), missing_ok=False)
+    passed.note_left_out(left_out)
+    for record in records:
         try:
             return record, CheckpointReader(record, tiers.local, tiers.remotes), tuple(passed.reasons)
         except (IntegrityError, FormatError, IncompleteCheckpointError) as error:
@@ -82,10 +84,12 @@ class Loaded(NamedTuple):
     """What was loaded.
 
     Attributes:
+        report: what the load did; the info's.
         is_torn_here: the local copy lacks files that a remote has.
     """
 
     info: CheckpointInfo
+    report: LoadReport
     record: Record
     is_torn_here: bool
 
@@ -125,7 +129,7 @@ def load(
         )
     if opened.passed:
         report = replace(report, passed_over=opened.passed)
-    return Loaded(replace(opened.record.info(), report=report), opened.record, is_torn)
+    return Loaded(replace(opened.record.info(), report=report), report, opened.record, is_torn)
 
 
 def _is_torn_here(record: Record, reader: CheckpointReader) -> bool:
@@ -145,18 +149,24 @@ class _Opened:
     passed: tuple[str, ...]
 
 
-def _candidates(tiers: Tiers, step: StepLike, elsewhere: Sequence[Summary], *, missing_ok: bool) -> list[Record]:
-    """What ``step`` may mean, best first: with ``latest`` older ones follow, for when it can't be read."""
+def _candidates(
+    tiers: Tiers, step: StepLike, elsewhere: Sequence[Summary], *, missing_ok: bool
+) -> tuple[list[Record], tuple[str, ...]]:
+    """What ``step`` may mean, best first: with ``latest`` older ones follow, for when it can't be read.
+
+    Then, with ``latest``, what could not be among them.
+    """
     try:
         catalog = tiers.catalog(elsewhere)
         wanted = catalog.resolve(step)
     except (CheckpointNotFoundError, NoStoreError):
         if missing_ok and step == "latest":
-            return []
+            return [], ()
         raise
     if step != "latest":
-        return [wanted]
-    return [wanted, *(r for r in reversed(catalog.line()) if r.summary.step < wanted.summary.step)]
+        return [wanted], ()
+    older = (r for r in reversed(catalog.line()) if r.summary.step < wanted.summary.step)
+    return [wanted, *older], catalog.left_out()
 
 
 def _open_together(
@@ -165,17 +175,20 @@ def _open_together(
     """Collective. Rank 0 proposes, everybody opens; what some rank can't open is passed over, or an error."""
     elsewhere = nodes.elsewhere(tiers.local, tiers.run, agreement)
     candidates: list[Record] = []
+    left_out: tuple[str, ...] = ()
     error: CkptError | None = None
     if agreement.rank == 0:
         try:
-            candidates = _candidates(tiers, step, elsewhere, missing_ok=missing_ok)
+            candidates, left_out = _candidates(tiers, step, elsewhere, missing_ok=missing_ok)
         except CkptError as failure:
             error = failure
     agreement.together(error, what="choosing a checkpoint")
+    once_per_job, left_out = agreement.broadcast((once_per_job, left_out), what="choosing a checkpoint")
     passed = _PassedOver(tiers.run)
+    passed.note_left_out(left_out, tell=agreement.rank == 0)
     while True:
         proposed = replace(candidates.pop(0), local=None) if candidates else None
-        record, once_per_job = agreement.broadcast((proposed, once_per_job), what="choosing a checkpoint")
+        record = agreement.broadcast(proposed, what="choosing a checkpoint")
         if record is None and passed.reasons:
             raise passed.verdict()
         if record is None:
@@ -246,6 +259,12 @@ class _PassedOver:
     run: str
     reasons: list[str] = field(default_factory=list)
     errors: list[CkptError | None] = field(default_factory=list)
+
+    def note_left_out(self, left_out: Sequence[str], *, tell: bool = True) -> None:
+        """What the catalogue could not offer."""
+        self.reasons += left_out
+        for each in left_out if tell else ():
+            log.warning("passed over %s", each)
 
     def note(self, record: Record, error: CkptError | None, *, tell: bool = True) -> None:
         """One more."""

@@ -7,7 +7,8 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from ckptstore.store.handle import SaveHandle
 from ckptstore.store.loading import Tiers, choose, roll_forward
 from ckptstore.store.loading import load as load_save
 from ckptstore.store.remotes import RemoteArgument, check_level, name_remotes
+from ckptstore.store.tally import LoadTally
 from ckptstore.store.timeline import TimelineKeeper, newest_claim
 from ckptstore.types import CheckpointInfo, StepLike
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
     from torch.optim import Optimizer
 
+    from ckptstore.agent.client import AgentClient
     from ckptstore.dcp.agreement import Agreement
     from ckptstore.repo.catalog import Catalog, Record
     from ckptstore.repo.reader import CheckpointReader
@@ -93,6 +96,7 @@ class CheckpointStore:
         self._agreement: Agreement | None = None
         self._tiers: Tiers | None = None
         self._closed = False
+        self._tally = LoadTally(self.run)
         self._fence = Fence()
         self._fence.is_wanted = self.config.overlap
         self._timeline = TimelineKeeper(self._catalog_for_saving, self._newest_claim)
@@ -267,22 +271,24 @@ class CheckpointStore:
             self._check_open()
             self._fence.wait()
             agreement = self._open_agreement()
-            self._settle(agreement)
             tiers = self._open_tiers()
-            roll_forward(tiers, agreement)
-            loaded = load_save(
-                tiers,
-                agreement,
-                state,
-                step,
-                only=only,
-                rename=rename,
-                strict=strict,
-                missing_ok=missing_ok,
-                once_per_job=self.config.fetch_once == "per_job",
-            )
-            if loaded is None:
-                return None
+            with self._settled(agreement) as agent:
+                roll_forward(tiers, agreement)
+                loaded = load_save(
+                    tiers,
+                    agreement,
+                    state,
+                    step,
+                    only=only,
+                    rename=rename,
+                    strict=strict,
+                    missing_ok=missing_ok,
+                    once_per_job=self.config.fetch_once == "per_job",
+                )
+                if loaded is None:
+                    return None
+                self._tally.add(loaded.report)
+                self._tally.tell(agent)
             summary = loaded.record.summary
             if loaded.is_torn_here:
                 if agreement.rank == 0:
@@ -432,8 +438,8 @@ class CheckpointStore:
             self._check_open()
             self._fence.wait()
             agreement = self._open_agreement()
-            self._settle(agreement)
-            roll_forward(self._open_tiers(), agreement)
+            with self._settled(agreement):
+                roll_forward(self._open_tiers(), agreement)
 
     def start_over(self) -> None:
         """The next save starts a timeline that continues from nothing; older saves stay until it has its own N."""
@@ -502,6 +508,7 @@ class CheckpointStore:
                 fence=self._fence,
                 committed=self._committed,
             )
+            self._session.link.tell_loads(self._tally)
         return self._session
 
     def _newest_claim(self, above: int) -> tuple[int, str] | None:
@@ -531,19 +538,31 @@ class CheckpointStore:
                 log.debug("remote %s not asked: %s", remote.name, error)
         return found
 
-    def _settle(self, agreement: Agreement) -> None:
-        """Collective. Let a running agent put on disk what earlier trainers have sealed, before anyone looks."""
+    @contextmanager
+    def _settled(self, agreement: Agreement) -> Iterator[AgentClient | None]:
+        """Collective. Let a running agent put on disk what earlier trainers have sealed, before anyone looks.
+
+        Gives that agent, to be looked at and spoken to; None if there is none.
+        """
+        agent: AgentClient | None = None
+        refused: CkptError | None = None
         if self.local is not None:
             from ckptstore.agent.client import AgentClient
 
             try:
-                observer = AgentClient.observe(self.local)
-                if observer is not None:
-                    observer.settle(self.run, timeout_s=self.config.deadline_s)
-                    observer.close()
+                agent = AgentClient.observe(self.local)
+                if agent is not None:
+                    agent.settle(self.run, timeout_s=self.config.deadline_s)
             except (TransientError, SaveTimeoutError) as error:
                 log.warning("the node agent is still writing earlier saves: %s", error)
-        agreement.together(None, what="waiting for earlier saves")
+            except CkptError as error:
+                refused = error
+        try:
+            agreement.together(refused, what="waiting for earlier saves")
+            yield agent
+        finally:
+            if agent is not None:
+                agent.close()
 
 
 __all__ = ["CheckpointNotFoundError", "CheckpointStore", "name_remotes"]

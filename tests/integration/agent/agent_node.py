@@ -36,6 +36,10 @@ class Node:
         self._trainers.append(trainer)
         return trainer
 
+    def watch(self, root: Path | None = None) -> None:
+        """Make sure that this root's agent, whoever starts it, ends with the test."""
+        self._roots.add(root or self.root)
+
     def runtime(self, root: Path | None = None) -> RuntimeDir:
         return RuntimeDir.of(root or self.root)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import urllib.request
@@ -16,7 +18,9 @@ import yaml
 from agent_node import Node, until
 from prometheus_client.parser import text_string_to_metric_families
 
+from ckptstore.agent.client import AgentClient
 from ckptstore.config import StoreConfig
+from ckptstore.store.tally import LoadTally
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,7 +28,8 @@ CONTRACT = {
     "ckptstore_save_stall_seconds", "ckptstore_save_seconds", "ckptstore_upload_bytes_total",
     "ckptstore_upload_lag_seconds", "ckptstore_last_committed_timestamp_seconds", "ckptstore_jobs",
     "ckptstore_retries_total", "ckptstore_failures_total", "ckptstore_verify_failures_total",
-    "ckptstore_local_free_bytes", "ckptstore_build_info",
+    "ckptstore_local_free_bytes", "ckptstore_build_info", "ckptstore_restored_bytes_total",
+    "ckptstore_repaired_files_total",
 }  # fmt: skip
 
 
@@ -72,6 +77,80 @@ def test_metrics_count_failures(node: Node) -> None:
     assert value(found, "ckptstore_failures_total", run="run", op="remote", error=error) == 1
     assert (value(found, "ckptstore_jobs", run="run", state="queued") or 0) == 1
     (node.path / "bucket").mkdir()
+
+
+def test_loads_are_counted_by_source_whether_the_agent_runs_already_or_comes_later(node: Node) -> None:
+    import torch
+
+    from ckptstore import CheckpointStore
+
+    def state(value: float) -> dict[str, Any]:
+        return {"v": torch.full((1 << 18,), value), "w": torch.full((1 << 18,), value)}
+
+    size = 2 * 4 << 18
+    config = StoreConfig(metrics_port=0, agent_idle_exit_seconds=20)
+    node.watch()
+    with CheckpointStore(node.root, {"b": node.remote}, config=config) as store:
+        store.save(state(1.0), 1, wait="remote")
+    file = next(node.root.rglob("__0_0.distcp"))
+    data = bytearray(file.read_bytes())
+    data[-8192] ^= 1
+    file.write_bytes(data)
+
+    observer = AgentClient.observe(node.root)
+    assert observer is not None
+    port = observer.status()["metrics"]["port"]
+    with CheckpointStore(node.root, {"b": node.remote}, config=config) as store:
+        info = store.load(state(0.0))
+        assert info is not None
+        assert info.report is not None
+        by_source, repaired = dict(info.report.bytes_by_source), info.report.repaired
+        assert set(by_source) == {"local", "b"}, "a case of both"
+        assert repaired == (file.name,)
+        found = scrape(port)
+        for source in ("local", "b"):
+            assert value(found, "ckptstore_restored_bytes_total", run="default", source=source) == by_source[source]
+        assert value(found, "ckptstore_repaired_files_total", run="default") == 1
+        store.load(state(0.0))
+        store.save(state(2.0), 2)
+        again = value(scrape(port), "ckptstore_restored_bytes_total", run="default", source="local")
+        assert again == by_source["local"] + size, "each load once"
+    assert observer.stop(60)
+    observer.close()
+
+    with CheckpointStore(node.root, {"b": node.remote}, config=config) as store:
+        assert store.load(state(0.0)) is not None
+        assert AgentClient.observe(node.root) is None, "a load starts no agent"
+        store.save(state(3.0), 3, wait="local")
+        observer = AgentClient.observe(node.root)
+        assert observer is not None
+        found = scrape(observer.status()["metrics"]["port"])
+        observer.close()
+        assert value(found, "ckptstore_restored_bytes_total", run="default", source="local") == size
+
+
+def test_a_load_is_none_the_worse_when_the_agent_can_not_count_it(node: Node) -> None:
+    import torch
+
+    from ckptstore import CheckpointStore
+
+    node.watch()
+    with CheckpointStore(node.root) as store:
+        store.save({"w": torch.ones(9)}, 1, wait="local")
+        target = {"w": torch.zeros(9)}
+        assert store.load(target) is not None, "its agent keeps no metrics"
+        pid = node.agent_pid()
+        assert pid is not None
+        told = LoadTally.tell
+
+        def to_a_dead_one(tally: LoadTally, agent: AgentClient | None) -> None:
+            os.kill(pid, signal.SIGKILL)
+            told(tally, agent)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LoadTally, "tell", to_a_dead_one)
+            assert store.load(target) is not None
+        assert target["w"].sum() == 9
 
 
 def test_nothing_is_served_when_nobody_asked(node: Node) -> None:
