@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import gc
 import json
 import multiprocessing
 import os
@@ -238,6 +239,9 @@ def dense(bench: Bench, states: dict[str, State], scenario: str, bounds: tuple[f
     }
     if _has_connector():
         contenders[CONNECTOR] = lambda prefix: note(CONNECTOR, bench.by_connector(tensors, prefix))
+    # What uploads is no process with torch in it, whose objects each collection would look at.
+    gc.collect()
+    gc.freeze()
     for number in bench.each_round():
         for name in random.sample(sorted(contenders), k=len(contenders)):
             if name != CONNECTOR or number < CONNECTOR_ROUNDS:
