@@ -28,7 +28,7 @@ class LoadReport:
         bytes_by_source: plain bytes taken from each source: "arena" (the node agent's memory), "local", "peer" (read by
             another rank of the job), or a remote's name.
         repaired: local files whose damaged or missing bytes were replaced from a remote.
-        passed_over: newer checkpoints that were not used, with the reason.
+        passed_over: newer checkpoints that were not used, and remotes that could not be asked for any, with the reason.
     """
 
     missing: tuple[str, ...] = ()

@@ -240,6 +240,19 @@ def test_only_damaged_manifests_are_an_error_never_a_new_run(tmp_path: Path) -> 
     assert manager(tmp_path).has_checkpoints()
 
 
+def test_a_newer_checkpoint_that_nobody_can_describe_is_named_when_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with manager(tmp_path).track(w=torch.zeros(1)) as m:
+        for step in (1, 2):
+            m.save_checkpoint(global_step=step).wait("local")
+    for name in ("manifest.json", "summary.json"):
+        (file,) = tmp_path.glob(f"default/step-*2-*/{name}")
+        file.write_text("{")
+    assert manager(tmp_path).track(w=torch.zeros(1)).resume().step == 1
+    assert "passed over step 2" in caplog.text
+
+
 def test_a_new_run_starts_at_zero_and_a_missing_step_is_an_error(tmp_path: Path) -> None:
     m = manager(tmp_path / "absent").track(w=torch.zeros(1))
     point = m.resume()

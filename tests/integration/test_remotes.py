@@ -62,14 +62,17 @@ def test_the_quorum_decides_and_restores_fall_back_when_one_remote_is_dead(
     assert [u["step"] for u in queue_of(tmp_path / "store", "s3")["queue"]] == [2]
     assert queue_of(tmp_path / "store", "mirror")["queue"] == []
 
-    for known in (2, 1):  # step 1 is on both, and the first of them does not answer
+    places: list[tuple[str | int, Path | None]] = [("latest", None), (1, tmp_path / "fresh")]
+    for known, local in places:  # step 1 is on both, and the first of them does not answer
         target = state_of(9)
-        with CheckpointStore(tmp_path / f"fresh{known}", remote=remotes, config=config) as fresh:
+        with CheckpointStore(local, remote=remotes, config=config) as fresh:
             loaded = fresh.load(target, known)
         assert loaded is not None
         assert loaded.report is not None
         assert set(loaded.report.bytes_by_source) == {"mirror"}
-        assert bits(target) == bits({1: first, 2: second}[known])
+        assert bits(target) == bits({1: first, 2: second}[loaded.step])
+        said = [line for line in loaded.report.passed_over if "remote s3" in line]
+        assert len(said) == (known == "latest"), "something newer may be there"
 
     server.restart()
     again = CheckpointStore(tmp_path / "store", remote=remotes, config=config)

@@ -81,6 +81,7 @@ def find(catalog: Catalog, step: StepLike, monitor: str | None, mode: str) -> Ca
             hint=f'resume={line[-1].step} resumes one all the same; resume="never" starts over',
             run=catalog.run,
         )
+    notes += tuple(f"passed over {each}" for each in catalog.left_out())
     if not line:
         catalog_is_empty(catalog)
     return Candidates(tuple(record.save_id for record in sound), notes)

@@ -117,6 +117,14 @@ class Catalog:
         line = self.line()
         return line[-1] if line else None
 
+    def left_out(self) -> tuple[str, ...]:
+        """Why something newer than :meth:`latest` may exist: saves that are damaged, remotes that were not asked."""
+        latest = self.latest()
+        newer = [one for one in self.damaged if latest is None or one.step > latest.step]
+        damaged = [f"step {one.step} (save {one.save_id}): {one.reason}" for one in reversed(newer)]
+        silent = [f"what only remote {name} has: {error.message}" for name, error in self.unreachable.items()]
+        return (*damaged, *silent)
+
     def best(self, monitor: str, mode: str) -> Record | None:
         """The save of the current line whose metric is best; ties go to the newest.
 

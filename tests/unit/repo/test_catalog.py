@@ -278,6 +278,7 @@ def test_unreachable_remote_is_left_out_and_named_when_tolerated(
     catalog = Catalog.read(tier, [remote], RUN, tolerate_unreachable=True)
     assert steps(catalog) == [4]
     assert list(catalog.unreachable) == ["s3"]
+    assert [line.partition(":")[0] for line in catalog.left_out()] == ["what only remote s3 has"]
     assert dict(catalog.records[0].tiers) == {"local": "complete"}
     assert dict(catalog.records[0].remote) == {}
     assert list(catalog.damaged) == []
