@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xxhash
 
-from ckptstore.codec import measure, plane, planes, words
+from ckptstore.codec import measure, plane, planes, sample, words
 from ckptstore.codec.arrays import WORD, Bytes, Words
 from ckptstore.codec.base import BLOCK, FLOAT_BYTES, MAX_CHUNK_BYTES, Buffer, CodecName, Encoded
 from ckptstore.codec.frame import RAW, ZSTD, Frame, Plane, build, damaged, overhead, parse
@@ -159,7 +159,7 @@ def _as_planes(data: Bytes, check: int, numbers: Words, old: Words | None, trait
 def _may_repeat(numbers: Words, traits: list[measure.Trait]) -> bool:
     if measure.cost(traits) < _REDUNDANT:
         return True
-    return numbers.itemsize >= 4 and measure.distinct(numbers[measure.positions(len(numbers))]) < _DISTINCT
+    return numbers.itemsize >= 4 and sample.distinct(numbers, sample.places(len(numbers))) < _DISTINCT
 
 
 def _derived(data: Bytes, master: Bytes, check: int) -> Encoded | None:
@@ -171,27 +171,19 @@ def _derived(data: Bytes, master: Bytes, check: int) -> Encoded | None:
 
 def _measure(numbers: Words, old: Words | None, lags: tuple[int, ...]) -> tuple[Words | None, list[measure.Trait]]:
     """The base, if a delta pays, and how each byte plane is best kept."""
-    at = measure.positions(len(numbers))
-    mapped = planes.mapped(numbers[at], None)
-    traits = measure.traits(mapped)
+    at = sample.places(len(numbers))
+    traits = measure.traits(sample.histograms(numbers, None, at))
     if old is not None:
-        delta = planes.mapped(numbers[at], old[at])
-        delta_traits = measure.traits(delta)
+        delta_traits = measure.traits(sample.histograms(numbers, old, at))
         if measure.cost(delta_traits) < measure.cost(traits) - _DELTA_MARGIN:
-            mapped, traits = delta, delta_traits
+            traits = delta_traits
         else:
             old = None
     for lag in lags if traits[-1].may_lag else ():
         first = int(np.searchsorted(at, lag))
-        if lag and first < len(at) // 2:
-            earlier = at[first:] - lag
-            before = planes.mapped(numbers[earlier], None if old is None else old[earlier])
-            traits[-1] = measure.with_lag(traits[-1], lag, _top_bytes(mapped)[first:], _top_bytes(before))
+        if lag > 0 and first < len(at) // 2:
+            traits[-1] = measure.with_lag(traits[-1], lag, sample.steps(numbers, old, at[first:], lag))
     return old, traits
-
-
-def _top_bytes(mapped: Words) -> Bytes:
-    return mapped.view(np.uint8)[mapped.itemsize - 1 :: mapped.itemsize]
 
 
 def _split(numbers: Words, old: Words | None, traits: list[measure.Trait]) -> list[Plane]:

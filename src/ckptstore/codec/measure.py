@@ -1,23 +1,15 @@
-"""What a chunk is like, measured on a small fixed sample: how each byte plane of its words is best kept."""
+"""What a chunk is like, judged by its sample: how each byte plane of its words is best kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from ckptstore.codec.arrays import Bytes, Words
+from ckptstore.codec.sample import MOST, Counts
 
 #: A plane above this is stored as it is: coding it would cost time for less than 2 %.
 _DENSE_BITS = 7.9
-
-Counts: TypeAlias = npt.NDArray[np.intp]
-
-_RUNS = 32
-_RUN_WORDS = 128
 
 #: (share of the most frequent value, bits): from this share on a byte is cut to so many bits before coding.
 _NARROW = ((0.85, 1), (0.5, 2), (0.12, 4))
@@ -60,20 +52,9 @@ class Trait:
         return (7 if self.is_even else 8 if self.is_dense else self.bits) / 8
 
 
-@lru_cache(maxsize=256)
-def positions(count: int) -> npt.NDArray[np.int64]:
-    """Indices of the sample of ``count`` words: evenly spread runs, always the same; all of them when they are few."""
-    if count <= _RUNS * _RUN_WORDS:
-        return np.arange(count)
-    starts = np.linspace(0, count - _RUN_WORDS, _RUNS).astype(np.int64)
-    return (starts[:, None] + np.arange(_RUN_WORDS)).reshape(-1)
-
-
-def traits(words: Words) -> list[Trait]:
-    """One trait for each byte of the sampled ``words``, least significant first."""
-    octets = words.view(np.uint8).reshape(-1, words.itemsize)
-    counts = _histograms(octets)
-    return [_trait(c, float(b)) for c, b in zip(counts, _entropies(counts), strict=True)]
+def traits(counts: Counts) -> list[Trait]:
+    """One trait for each byte of the sampled words, least significant first."""
+    return [_trait(row, bits) for row, bits in zip(counts, _entropies(counts), strict=True)]
 
 
 def cost(planes: list[Trait]) -> float:
@@ -81,29 +62,21 @@ def cost(planes: list[Trait]) -> float:
     return sum(p.cost for p in planes) / len(planes)
 
 
-def distinct(words: Words) -> float:
-    """Share of different words in a part of the sampled ``words``."""
-    part = np.sort(words[::4])
-    return (np.count_nonzero(part[1:] != part[:-1]) + 1) / max(1, len(part))
-
-
-def with_lag(trait: Trait, lag: int, octets: Bytes, before: Bytes) -> Trait:
+def with_lag(trait: Trait, lag: int, counts: Counts) -> Trait:
     """The trait with this lag if it is better with it.
 
     Args:
         trait: the plane as far as is known: without lag, or with the best one so far.
         lag: the one to judge.
-        octets: some of the plane's bytes.
-        before: for each, the byte so far before it.
+        counts: of the differences between the plane's bytes that lie so far apart.
     """
-    steps = octets - before
+    total = int(counts.sum())
     # Exponents that follow the earlier ones mostly equal them; without that the full count is not worth its time.
-    if np.count_nonzero(steps) > _MOST_STEPS * len(steps):
+    if total - int(counts[0]) > _MOST_STEPS * total:
         return trait
-    counts = _histograms(steps[:, None])
-    bits = float(_entropies(counts)[0])
+    bits = _entropies(counts[None])[0]
     margin = 0 if trait.lag else _LAG_MARGIN_BITS
-    return replace(_trait(counts[0], bits), lag=lag) if bits < trait.bits - margin else trait
+    return replace(_trait(counts, bits), lag=lag) if bits < trait.bits - margin else trait
 
 
 def _trait(counts: Counts, bits: float) -> Trait:
@@ -129,20 +102,14 @@ def _bias(counts: Counts, size: int) -> tuple[int, int]:
     return first, int(within[first])
 
 
-def _histograms(octets: Bytes) -> Counts:
-    """Counts of each value in each column."""
-    width = octets.shape[1]
-    return np.bincount((octets + _COLUMNS[:width]).reshape(-1), minlength=256 * width).reshape(width, 256)
+_X_LOG_X = np.arange(1 + MOST) * np.log2(np.maximum(1, np.arange(1 + MOST)))
+_LOG_2 = np.log2(np.maximum(1, np.arange(1 + MOST))).tolist()
+_LN_2 = float(np.log(2))
 
 
-_COLUMNS = 256 * np.arange(8)
-_X_LOG_X = np.arange(1 + _RUNS * _RUN_WORDS) * np.log2(np.maximum(1, np.arange(1 + _RUNS * _RUN_WORDS)))
-
-
-def _entropies(counts: Counts) -> npt.NDArray[np.float64]:
-    """Bits per byte for each row of counts, of a sample at most."""
-    total = np.maximum(1, counts.sum(axis=1))
-    bits = np.log2(total) - _X_LOG_X[counts].sum(axis=1) / total
+def _entropies(counts: Counts) -> list[float]:
+    """Bits per byte for each row of counts, all of the same sample."""
+    total = max(1, int(counts[0].sum()))
+    sums, seen = _X_LOG_X[counts].sum(axis=1).tolist(), np.count_nonzero(counts, axis=1).tolist()
     # Miller-Madow: a finite sample looks more orderly than its source.
-    seen = np.count_nonzero(counts, axis=1)
-    return np.asarray(bits + np.maximum(0, seen - 1) / (2 * total * np.log(2)))
+    return [_LOG_2[total] - s / total + max(0, n - 1) / (2 * total * _LN_2) for s, n in zip(sums, seen, strict=True)]

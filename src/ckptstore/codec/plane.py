@@ -38,8 +38,8 @@ def store(words: Words, trait: Trait, slot: str) -> Plane:
 
     The payload may be a view of ``words`` or of scratch memory named ``slot``.
     """
-    if trait.is_even and len(words) >= 8 * words.itemsize and _is_even(words):
-        return Plane(EVEN, words.itemsize, _halve(words, slot))
+    if trait.is_even and len(words) >= 8 * words.itemsize and (halved := _halve(words, slot)) is not None:
+        return Plane(EVEN, words.itemsize, halved)
     if words.itemsize > 1 or trait.is_dense:
         return Plane(RAW, words.itemsize, _view(words))
     lagged = _difference(words, trait.lag) if trait.lag else words
@@ -217,10 +217,6 @@ _SPREAD = {bits: _spread_steps(bits) for bits in (1, 2, 4)}
 # --- even
 
 
-def _is_even(words: Words) -> bool:
-    return native.is_even(words) if native.is_available() else not np.bitwise_or.reduce(words) & 1
-
-
 def _segments(words: Words) -> tuple[list[Words], Words, Words]:
     """Equal segments, one per bit of an element but the last; the last one; and what is left over."""
     width = 8 * words.itemsize
@@ -229,12 +225,14 @@ def _segments(words: Words) -> tuple[list[Words], Words, Words]:
     return parts[:-1], parts[-1], words[width * length :]
 
 
-def _halve(words: Words, slot: str) -> memoryview:
+def _halve(words: Words, slot: str) -> memoryview | None:
+    """The packed words, or None if they aren't all even."""
     kept, dropped, rest = _segments(words)
     packed = SCRATCH.words(slot, len(words) - len(dropped), words.itemsize)
     if native.is_available():
-        native.halve(words, packed)
-        return _view(packed)
+        return _view(packed) if native.halve(words, packed) else None
+    if np.bitwise_or.reduce(words) & 1:
+        return None
     spare = SCRATCH.words("spread", len(dropped), words.itemsize)
     for i, segment in enumerate(kept):
         np.right_shift(dropped, i + 1, out=spare)

@@ -20,29 +20,10 @@ from ckptstore.codec.measure import Trait
 from ckptstore.codec.scratch import SCRATCH
 
 
-def head_bytes(width: int) -> int:
-    """Bytes of the head in words of ``width`` bytes."""
-    return min(width, 2)
-
-
 def group(traits: list[Trait]) -> list[int]:
     """Word bytes per plane, least significant first: dense neighbours stay together, others stand alone."""
-    rest = len(traits) - head_bytes(len(traits))
+    rest = len(traits) - words.head_bytes(len(traits))
     return _group(traits[:rest]) + _group(traits[rest:])
-
-
-def mapped(numbers: Words, old: Words | None) -> Words:
-    """The whole map of a sample, in fresh memory."""
-    out, spare = np.empty_like(numbers), np.empty_like(numbers)
-    if old is not None:
-        words.difference(numbers, old, out, spare)
-        return out
-    np.copyto(out, numbers)
-    size = head_bytes(numbers.itemsize)
-    head = out.view(WORD[size])[numbers.itemsize // size - 1 :: numbers.itemsize // size]
-    raw = head.copy()
-    words.rotate(raw, head, np.empty_like(raw))
-    return out
 
 
 def split(numbers: Words, old: Words | None, groups: list[int]) -> list[Words]:
@@ -90,7 +71,7 @@ def join(planes: Sequence[Words], old: Words | None, *, rotated: bool, out: Word
         if is_in_place and before is not None:
             before = SCRATCH.words("before", len(block), width)
             np.copyto(before, block)
-        head = SCRATCH.words("head", len(block), head_bytes(width))
+        head = SCRATCH.words("head", len(block), words.head_bytes(width))
         _put_together(slices[rest:], head)
         if rotated:
             words.unrotate(head, SCRATCH.words("head spare", len(block), head.itemsize))
@@ -113,13 +94,13 @@ def _group(traits: list[Trait]) -> list[int]:
 
 def _planes_below_head(groups: list[int], width: int) -> int:
     covered = np.cumsum([0, *groups]).tolist()
-    if width - head_bytes(width) not in covered:
+    if width - words.head_bytes(width) not in covered:
         raise damaged("a plane spans head and rest of its words")
-    return int(covered.index(width - head_bytes(width)))
+    return int(covered.index(width - words.head_bytes(width)))
 
 
 def _raw_head(block: Words, spare: Words) -> Words:
-    size = head_bytes(block.itemsize)
+    size = words.head_bytes(block.itemsize)
     if size == block.itemsize:
         return block
     raw = SCRATCH.words("raw head", len(block), size)

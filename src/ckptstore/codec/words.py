@@ -23,6 +23,11 @@ from ckptstore.codec.scratch import SCRATCH
 _FEW = 64
 
 
+def head_bytes(width: int) -> int:
+    """Bytes of the head in words of ``width`` bytes."""
+    return min(width, 2)
+
+
 def rotate(words: Words, out: Words, spare: Words) -> None:
     """``out`` = ``words`` with the sign bit moved to the low end. ``out`` and ``spare`` are as long as ``words``."""
     np.left_shift(words, 1, out=out)

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[np.unsignedinteger[Any]]
+    Integers = npt.NDArray[np.int64]
 
 __all__ = [
-    "ENVIRONMENT", "accumulate", "copy", "halve", "is_available", "is_even", "is_rounded", "join", "narrow",
-    "round_to_bfloat16", "split", "unhalve", "widen",
+    "ENVIRONMENT", "accumulate", "copy", "halve", "histograms", "is_available", "is_rounded", "join", "narrow",
+    "round_to_bfloat16", "split", "steps", "unhalve", "widen",
 ]  # fmt: skip
 
 #: ``0`` leaves the kernels alone.
@@ -30,17 +31,18 @@ ENVIRONMENT = "CKPTSTORE_NATIVE"
 LIBRARY = Path(__file__).with_name("kernels.so")
 
 #: Of the kernels these functions call; an old build left in a source tree has another.
-_ABI = 1
+_ABI = 2
 
 _size, _int, _pointer = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "copy": (None, (_size, _pointer, _pointer, _pointer)),
     "split": (None, (_pointer, _pointer, _size, _int, _size, _pointer, _pointer)),
     "join": (None, (_pointer, _pointer, _int, _size, _int, _size, _pointer, _pointer)),
+    "histograms": (None, (_pointer, _pointer, _int, _pointer, _size, _pointer)),
+    "steps": (None, (_pointer, _pointer, _int, _pointer, _size, _size, _pointer)),
     "narrow": (_size, (_pointer, _size, _int, _int, _pointer, _pointer)),
     "widen": (_size, (_pointer, _size, _int, _int, _pointer, _size, _pointer)),
-    "is_even": (_int, (_pointer, _size, _int)),
-    "halve": (None, (_pointer, _size, _int, _pointer)),
+    "halve": (_int, (_pointer, _size, _int, _pointer)),
     "unhalve": (None, (_pointer, _size, _int, _pointer)),
     "accumulate": (None, (_pointer, _size, _size, _pointer)),
     "round": (None, (_pointer, _size, _pointer)),
@@ -103,6 +105,16 @@ def join(planes: Sequence[Array], old: Array | None, *, rotated: bool, out: Arra
     _kernel("join")(_at(out), _at(old), rotated, len(out), out.itemsize, len(planes), sizes, addresses)
 
 
+def histograms(numbers: Array, old: Array | None, at: Integers, counts: Integers) -> None:
+    """Add to ``counts[p, v]`` how many of the mapped words at these places have the value v as byte p."""
+    _kernel("histograms")(_at(numbers), _at(old), numbers.itemsize, _at(at), len(at), _at(counts))
+
+
+def steps(numbers: Array, old: Array | None, at: Integers, lag: int, counts: Integers) -> None:
+    """Add to ``counts[v]`` how many of the mapped words there have a top byte v above that of ``lag`` words before."""
+    _kernel("steps")(_at(numbers), _at(old), numbers.itemsize, _at(at), len(at), lag, _at(counts))
+
+
 def narrow(octets: Array, bits: int, bias: int, packed: Array, misfits: Array) -> int:
     """Cut and pack bytes, those that don't fit apart; ``misfits`` has room for all. Returns how many those are."""
     return int(_kernel("narrow")(_at(octets), len(octets), bits, bias, _at(packed), _at(misfits)))
@@ -113,14 +125,12 @@ def widen(packed: Array, bits: int, bias: int, misfits: Array, octets: Array) ->
     return int(_kernel("widen")(_at(packed), len(octets), bits, bias, _at(misfits), len(misfits), _at(octets)))
 
 
-def is_even(words: Array) -> bool:
-    """Whether no word has its lowest bit set."""
-    return bool(_kernel("is_even")(_at(words), len(words), words.itemsize))
+def halve(words: Array, packed: Array) -> bool:
+    """Fill ``packed`` with even words, the last segment of them in the lowest bits of the others.
 
-
-def halve(words: Array, packed: Array) -> None:
-    """Even words, the last segment of them in the lowest bits of the others."""
-    _kernel("halve")(_at(words), len(words), words.itemsize, _at(packed))
+    Returns whether they are even; if not, ``packed`` holds nothing.
+    """
+    return bool(_kernel("halve")(_at(words), len(words), words.itemsize, _at(packed)))
 
 
 def unhalve(packed: Array, words: Array) -> None:
@@ -143,7 +153,7 @@ def is_rounded(words: Array, master: Array) -> bool:
     return bool(_kernel("is_rounded")(_at(words), _at(master), len(words)))
 
 
-def _at(array: Array | None) -> int | None:
+def _at(array: Array | Integers | None) -> int | None:
     """Address of a contiguous array."""
     if array is None:
         return None

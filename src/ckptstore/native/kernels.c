@@ -25,7 +25,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Changes whenever a function's arguments or its meaning do; the loader refuses any other. */
-#define ABI 1
+#define ABI 2
 
 int ckptstore_abi(void) { return ABI; }
 
@@ -72,7 +72,6 @@ void ckptstore_copy(size_t count, void *const *targets, const void *const *sourc
 /* --- planes: words into planes of equal significance and back ----------------------------------------------------- */
 
 #define BLOCK 2048 /* words treated at once: they and their map stay in the first cache */
-#define MOST_PLANES 8
 
 #define DEFINE_WORD(BITS)                                                                                              \
     typedef uint##BITS##_t u##BITS __attribute__((aligned(1), may_alias)); /* chunks begin anywhere */                \
@@ -160,9 +159,108 @@ INLINE u64 unrotate64(u64 x) {
     }
 
 DEFINE_PLANES(8, TAKE(8, 8), PUT(8, 8))
-DEFINE_PLANES(16, TAKE(16, 8) TAKE(16, 16), PUT(16, 8) PUT(16, 16))
-DEFINE_PLANES(32, TAKE(32, 8) TAKE(32, 16) TAKE(32, 32), PUT(32, 8) PUT(32, 16) PUT(32, 32))
 DEFINE_PLANES(64, TAKE(64, 8) TAKE(64, 16) TAKE(64, 32) TAKE(64, 64), PUT(64, 8) PUT(64, 16) PUT(64, 32) PUT(64, 64))
+
+/* Words of two and four bytes, which most are, in one pass: half as long. A plane is at most a half of four bytes, as
+ * head and rest share none, so that few layouts are possible; `apart` is constant wherever these are called. */
+
+INLINE void split_one(const u16 *numbers, const u16 *old, size_t count, void *const *planes, int apart) {
+    u16 *whole = planes[0];
+    u8 *low = planes[0], *high = planes[apart];
+#pragma GCC ivdep
+    for (size_t i = 0; i < count; i++) {
+        u16 x = old ? difference16(numbers[i], old[i]) : rotate16(numbers[i]);
+        if (apart)
+            low[i] = (u8)x, high[i] = (u8)(x >> 8);
+        else
+            whole[i] = x;
+    }
+}
+
+INLINE void split_two(
+    const u32 *numbers, const u32 *old, size_t count, void *const *planes, int rest_apart, int head_apart) {
+    void *const *above = planes + 1 + rest_apart;
+    u16 *rest = planes[0], *head = above[0];
+    u8 *rest_low = planes[0], *rest_high = planes[rest_apart], *head_low = above[0], *head_high = above[head_apart];
+#pragma GCC ivdep
+    for (size_t i = 0; i < count; i++) {
+        u32 x = old ? difference32(numbers[i], old[i]) : rotate32(numbers[i]);
+        if (rest_apart)
+            rest_low[i] = (u8)x, rest_high[i] = (u8)(x >> 8);
+        else
+            rest[i] = (u16)x;
+        if (head_apart)
+            head_low[i] = (u8)(x >> 16), head_high[i] = (u8)(x >> 24);
+        else
+            head[i] = (u16)(x >> 16);
+    }
+}
+
+INLINE void join_one(u16 *out, const u16 *old, int rotated, size_t count, void *const *planes, int apart) {
+    const u16 *whole = planes[0];
+    const u8 *low = planes[0], *high = planes[apart];
+#pragma GCC ivdep
+    for (size_t i = 0; i < count; i++) {
+        u16 x = apart ? (u16)(low[i] | high[i] << 8) : whole[i];
+        out[i] = old ? undifference16(x, old[i]) : rotated ? unrotate16(x) : x;
+    }
+}
+
+INLINE void join_two(
+    u32 *out, const u32 *old, int rotated, size_t count, void *const *planes, int rest_apart, int head_apart) {
+    void *const *above = planes + 1 + rest_apart;
+    const u16 *rest = planes[0], *head = above[0];
+    const u8 *rest_low = planes[0], *rest_high = planes[rest_apart];
+    const u8 *head_low = above[0], *head_high = above[head_apart];
+#pragma GCC ivdep
+    for (size_t i = 0; i < count; i++) {
+        u32 x = rest_apart ? (u32)(rest_low[i] | rest_high[i] << 8) : rest[i];
+        x |= (head_apart ? (u32)(head_low[i] | head_high[i] << 8) : (u32)head[i]) << 16;
+        out[i] = old ? undifference32(x, old[i]) : rotated ? unrotate32(x) : x;
+    }
+}
+
+/* Calls F with each possible layout as a constant. */
+#define BY_LAYOUT16(F, ...)                                                                                            \
+    if (num_planes == 1)                                                                                               \
+        F(__VA_ARGS__, 0);                                                                                             \
+    else                                                                                                               \
+        F(__VA_ARGS__, 1);
+#define BY_LAYOUT32(F, ...)                                                                                            \
+    if (num_planes == 2)                                                                                               \
+        F(__VA_ARGS__, 0, 0);                                                                                          \
+    else if (num_planes == 4)                                                                                          \
+        F(__VA_ARGS__, 1, 1);                                                                                          \
+    else if (sizes[0] == 1)                                                                                            \
+        F(__VA_ARGS__, 1, 0);                                                                                          \
+    else                                                                                                               \
+        F(__VA_ARGS__, 0, 1);
+
+#define DEFINE_HALVES(BITS, SPLIT, JOIN)                                                                               \
+    VECTORIZED static void split##BITS(                                                                                \
+        const u##BITS *numbers, const u##BITS *old, size_t count, size_t num_planes, const uint8_t *sizes,             \
+        void *const *planes) {                                                                                         \
+        (void)sizes;                                                                                                   \
+        if (old) {                                                                                                     \
+            BY_LAYOUT##BITS(SPLIT, numbers, old, count, planes)                                                        \
+        } else {                                                                                                       \
+            BY_LAYOUT##BITS(SPLIT, numbers, NULL, count, planes)                                                       \
+        }                                                                                                              \
+    }                                                                                                                  \
+    VECTORIZED static void join##BITS(                                                                                 \
+        u##BITS *out, const u##BITS *old, int rotated, size_t count, size_t num_planes, const uint8_t *sizes,          \
+        void *const *planes) {                                                                                         \
+        (void)sizes;                                                                                                   \
+        if (old) {                                                                                                     \
+            BY_LAYOUT##BITS(JOIN, out, old, 0, count, planes)                                                          \
+        } else if (rotated) {                                                                                          \
+            BY_LAYOUT##BITS(JOIN, out, NULL, 1, count, planes)                                                         \
+        } else {                                                                                                       \
+            BY_LAYOUT##BITS(JOIN, out, NULL, 0, count, planes)                                                         \
+        }                                                                                                              \
+    }
+DEFINE_HALVES(16, split_one, join_one)
+DEFINE_HALVES(32, split_two, join_two)
 
 #define BY_WIDTH(WIDTH, CALL)                                                                                          \
     switch (WIDTH) {                                                                                                   \
@@ -191,6 +289,47 @@ void ckptstore_join(
 #undef CALL
 }
 
+/* --- planes: what a sample of them is like ------------------------------------------------------------------------- */
+
+#define DEFINE_SAMPLE(BITS)                                                                                            \
+    INLINE u##BITS mapped##BITS(const u##BITS *numbers, const u##BITS *old, int64_t at) {                              \
+        return old ? difference##BITS(numbers[at], old[at]) : rotate##BITS(numbers[at]);                               \
+    }                                                                                                                  \
+    static void histograms##BITS(                                                                                      \
+        const u##BITS *numbers, const u##BITS *old, const int64_t *at, size_t count, int64_t (*counts)[256]) {         \
+        for (size_t i = 0; i < count; i++) {                                                                           \
+            u##BITS x = mapped##BITS(numbers, old, at[i]);                                                             \
+            for (size_t p = 0; p < BITS / 8; p++) counts[p][(uint8_t)(x >> (8 * p))]++;                                \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static void steps##BITS(                                                                                           \
+        const u##BITS *numbers, const u##BITS *old, const int64_t *at, size_t count, int64_t lag, int64_t *counts) {   \
+        for (size_t i = 0; i < count; i++) {                                                                           \
+            u##BITS x = mapped##BITS(numbers, old, at[i]), before = mapped##BITS(numbers, old, at[i] - lag);           \
+            counts[(uint8_t)((x >> (BITS - 8)) - (before >> (BITS - 8)))]++;                                           \
+        }                                                                                                              \
+    }
+DEFINE_SAMPLE(8)
+DEFINE_SAMPLE(16)
+DEFINE_SAMPLE(32)
+DEFINE_SAMPLE(64)
+
+/* Adds to counts[p][v] how many of the words there, mapped as in ckptstore_split, have the value v as byte p. */
+void ckptstore_histograms(
+    const void *numbers, const void *old, int width, const int64_t *at, size_t count, int64_t (*counts)[256]) {
+#define CALL(BITS) histograms##BITS(numbers, old, at, count, counts);
+    BY_WIDTH(width, CALL)
+#undef CALL
+}
+
+/* Adds to counts[v] how many of the words there have a top byte that is v more than that of the word `lag` before. */
+void ckptstore_steps(
+    const void *numbers, const void *old, int width, const int64_t *at, size_t count, int64_t lag, int64_t *counts) {
+#define CALL(BITS) steps##BITS(numbers, old, at, count, lag, counts);
+    BY_WIDTH(width, CALL)
+#undef CALL
+}
+
 /* --- planes: narrow ----------------------------------------------------------------------------------------------- */
 
 INLINE uint64_t load64(const uint8_t *from) {
@@ -204,10 +343,17 @@ INLINE uint64_t bits_of(const uint8_t *bytes) { return (load64(bytes) * 0x010204
 
 /* One bit for each of 64 bytes that are `value`. */
 INLINE uint64_t where64(const uint8_t *bytes, uint8_t value) {
-    uint8_t is_there[64];
     uint64_t mask = 0;
+#if defined(__x86_64__)
+    for (size_t i = 0; i < 64; i += 16) {
+        __m128i is_there = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(bytes + i)), _mm_set1_epi8((char)value));
+        mask |= (uint64_t)(unsigned)_mm_movemask_epi8(is_there) << i;
+    }
+#else
+    uint8_t is_there[64];
     for (size_t i = 0; i < 64; i++) is_there[i] = bytes[i] == value;
     for (size_t i = 0; i < 8; i++) mask |= bits_of(is_there + 8 * i) << (8 * i);
+#endif
     return mask;
 }
 
@@ -232,10 +378,15 @@ VECTORIZED size_t ckptstore_narrow(
         size_t groups = (length + share - 1) / share;
         uint8_t *to = packed + start / share;
         if (bits == 4)
-            for (size_t i = 0; i < groups; i++) to[i] = (uint8_t)(cut[2 * i] | cut[2 * i + 1] << 4);
+            for (size_t i = 0; i < groups; i++) {
+                uint32_t two = ((const u16 *)cut)[i];
+                to[i] = (uint8_t)(two | two >> 4);
+            }
         else if (bits == 2)
-            for (size_t i = 0; i < groups; i++)
-                to[i] = (uint8_t)(cut[4 * i] | cut[4 * i + 1] << 2 | cut[4 * i + 2] << 4 | cut[4 * i + 3] << 6);
+            for (size_t i = 0; i < groups; i++) {
+                uint32_t four = ((const u32 *)cut)[i];
+                to[i] = (uint8_t)(four | four >> 6 | four >> 12 | four >> 18);
+            }
         else
             for (size_t i = 0; i < groups; i++) to[i] = (uint8_t)bits_of(cut + 8 * i);
     }
@@ -255,22 +406,17 @@ VECTORIZED size_t ckptstore_widen(
         size_t groups = (length + share - 1) / share;
         const uint8_t *from = packed + start / share;
         if (bits == 4)
-            for (size_t i = 0; i < groups; i++) {
-                uint16_t two = (uint16_t)((from[i] | from[i] << 4) & 0x0F0F);
-                memcpy(cut + 2 * i, &two, 2);
-            }
+            for (size_t i = 0; i < groups; i++) ((u16 *)cut)[i] = (u16)((from[i] | from[i] << 4) & 0x0F0F);
         else if (bits == 2)
             for (size_t i = 0; i < groups; i++) {
                 uint32_t four = (from[i] | (uint32_t)from[i] << 12) & 0x000F000F;
-                four = (four | four << 6) & 0x03030303;
-                memcpy(cut + 4 * i, &four, 4);
+                ((u32 *)cut)[i] = (four | four << 6) & 0x03030303;
             }
         else
             for (size_t i = 0; i < groups; i++) {
                 uint64_t eight = (from[i] | (uint64_t)from[i] << 28) & 0x0000000F0000000F;
                 eight = (eight | eight << 14) & 0x0003000300030003;
-                eight = (eight | eight << 7) & 0x0101010101010101;
-                memcpy(cut + 8 * i, &eight, 8);
+                ((u64 *)cut)[i] = (eight | eight << 7) & 0x0101010101010101;
             }
         memset(cut + length, 0, (BLOCK - length) % 64);
         for (size_t i = 0; i < length; i += 64)
@@ -285,18 +431,21 @@ VECTORIZED size_t ckptstore_widen(
 /* --- planes: even ------------------------------------------------------------------------------------------------- */
 
 #define DEFINE_EVEN(BITS)                                                                                              \
-    VECTORIZED static int is_even##BITS(const u##BITS *words, size_t count) {                                          \
-        u##BITS any = 0;                                                                                               \
-        for (size_t i = 0; i < count; i++) any |= words[i];                                                            \
-        return !(any & 1);                                                                                             \
-    }                                                                                                                  \
-    VECTORIZED static void halve##BITS(const u##BITS *words, size_t count, u##BITS *packed) {                          \
+    VECTORIZED static int halve##BITS(const u##BITS *words, size_t count, u##BITS *packed) {                           \
         size_t length = count / BITS;                                                                                  \
-        const u##BITS *dropped = words + (BITS - 1) * length;                                                          \
-        for (size_t s = 0; s < BITS - 1; s++)                                                                          \
-            for (size_t i = 0; i < length; i++)                                                                        \
+        const u##BITS *dropped = words + (BITS - 1) * length, *rest = words + BITS * length;                           \
+        u##BITS any = 0;                                                                                               \
+        for (size_t i = 0; i < length; i++) any |= dropped[i];                                                         \
+        for (size_t i = 0; i < count - BITS * length; i++) any |= rest[i];                                             \
+        for (size_t s = 0; s < BITS - 1; s++) {                                                                        \
+            if (any & 1) return 0;                                                                                     \
+            for (size_t i = 0; i < length; i++) {                                                                      \
+                any |= words[s * length + i];                                                                          \
                 packed[s * length + i] = words[s * length + i] | (dropped[i] >> (s + 1) & 1);                          \
-        memcpy(packed + (BITS - 1) * length, words + BITS * length, (count - BITS * length) * sizeof *words);          \
+            }                                                                                                          \
+        }                                                                                                              \
+        memcpy(packed + (BITS - 1) * length, rest, (count - BITS * length) * sizeof *words);                           \
+        return !(any & 1);                                                                                             \
     }                                                                                                                  \
     VECTORIZED static void unhalve##BITS(const u##BITS *packed, size_t count, u##BITS *words) {                        \
         size_t length = count / BITS;                                                                                  \
@@ -315,19 +464,13 @@ DEFINE_EVEN(16)
 DEFINE_EVEN(32)
 DEFINE_EVEN(64)
 
-/* Whether no word has its lowest bit set. */
-int ckptstore_is_even(const void *words, size_t count, int width) {
-#define CALL(BITS) return is_even##BITS(words, count);
+/* Even words in as many segments as a word has bits, the last segment's bits in the others' lowest. Returns whether they
+ * are even; if not, what `packed` holds is nothing. */
+int ckptstore_halve(const void *words, size_t count, int width, void *packed) {
+#define CALL(BITS) return halve##BITS(words, count, packed);
     BY_WIDTH(width, CALL)
 #undef CALL
     return 0;
-}
-
-/* Even words in as many segments as a word has bits, the last segment's bits in the others' lowest. */
-void ckptstore_halve(const void *words, size_t count, int width, void *packed) {
-#define CALL(BITS) halve##BITS(words, count, packed);
-    BY_WIDTH(width, CALL)
-#undef CALL
 }
 
 /* Undo that; `count` words come out. */
