@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,12 +14,28 @@ def no_collections() -> Iterator[None]:
 
     Saves and loads make many short-lived objects, so they would set off collections all along. Each one stops every
     thread, for 0.1 s where there is a large model: a sixth of a load's CPU time was that. Process-wide; of several at a
-    time the first to end lets collections happen again.
+    time the first to begin lets collections happen again. A child forked meanwhile collects as usual.
     """
-    was_on = gc.isenabled()
-    gc.disable()
+    global _is_paused
+    if not gc.isenabled():
+        yield
+        return
     try:
+        _is_paused = True
+        gc.disable()
         yield
     finally:
-        if was_on:
-            gc.enable()
+        gc.enable()
+        _is_paused = False
+
+
+_is_paused = False
+
+
+def _resume_in_child() -> None:
+    if _is_paused:
+        gc.enable()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_resume_in_child)

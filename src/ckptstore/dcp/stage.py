@@ -7,10 +7,12 @@ work.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -135,12 +137,14 @@ def _run(copies: list[_Copy], threads: int, *, bring_pages: bool = False) -> Non
                 return
             portion()
 
-    others = [_copiers(threads - 1).submit(take_turns) for _ in range(min(threads, len(work)) - 1)]
+    others = _start(min(threads, len(work)) - 1, take_turns)
     try:
         take_turns()
     finally:
-        for other in others:
-            other.result()
+        work.clear()  # after a failure nobody begins another
+        _outlast(others)  # on return nobody writes into the image any more, nor reads what the caller may free
+    for other in others:
+        other.result()
 
 
 def _portions(copies: list[_Copy], *, bring_pages: bool) -> Iterator[Callable[[], None]]:
@@ -215,15 +219,45 @@ _lock = threading.Lock()
 _pool: tuple[int, ThreadPoolExecutor] | None = None
 
 
-def _copiers(count: int) -> ThreadPoolExecutor:
-    """Threads that stay between saves; starting them costs as much as a small save."""
+def _start(count: int, work: Callable[[], None]) -> list[Future[None]]:
+    """So many threads at ``work``; fewer where there are none to be had, as when the interpreter is about to end.
+
+    They stay between saves: starting them costs as much as a small save.
+    """
     global _pool
+    started: list[Future[None]] = []
+    if count < 1:
+        return started
     with _lock:
         if _pool is None or _pool[0] < count:
             if _pool is not None:
                 _pool[1].shutdown(wait=False)
             _pool = (count, ThreadPoolExecutor(count, thread_name_prefix="ckptstore-copy"))
-        return _pool[1]
+        with suppress(RuntimeError):
+            started.extend(_pool[1].submit(work) for _ in range(count))
+    return started
+
+
+def _outlast(others: Sequence[Future[None]]) -> None:
+    """Wait for them whatever happens; an interrupt is raised afterwards."""
+    interrupt: BaseException | None = None
+    while not all(other.done() for other in others):
+        try:
+            wait(others)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def _forget_in_child() -> None:
+    """A forked child has none of our threads."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _copy_from_cuda(copies: list[_Copy]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -27,6 +28,7 @@ class Fence:
         self._copying: Future[None] | None = None
         self._guarded: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self.is_wanted = False
 
     @property
@@ -48,11 +50,9 @@ class Fence:
             self._copying = self._pool.submit(copy)
 
     def wait(self) -> None:
-        """Return once no copy is under way."""
-        copying = self._copying
-        if copying is not None:
-            copying.result()
-            self._copying = None
+        """Return once the last copy begun is done; in a forked child, which has none, at once."""
+        if self._copying is not None and os.getpid() == self._pid:
+            self._copying.result()
 
     def close(self) -> None:
         """Wait, and let the thread go."""

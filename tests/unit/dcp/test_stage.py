@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+import threading
+import time
+from concurrent.futures import thread as executors
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from ckptstore.dcp import stage as stage_module
 from ckptstore.dcp.binder import Binder, bind
+from ckptstore.dcp.pause import no_collections
 from ckptstore.dcp.planner import plan
-from ckptstore.dcp.stage import Stage, copy_pieces
+from ckptstore.dcp.stage import Stage, _Copy, _run, copy_pieces
 from ckptstore.format.stock import layout
+from ckptstore.store.fence import Fence
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -60,3 +71,95 @@ def test_an_image_can_be_unmapped_once_the_stage_forgets_it() -> None:
     stage.forget()
     image.close()
     assert image.closed
+
+
+def _large() -> tuple[list[torch.Tensor], list[_Copy]]:
+    """Targets, and copies into them that are worth several threads."""
+    sources = [torch.full((5_000_000,), float(i + 1)) for i in range(4)]
+    targets = [torch.zeros_like(source) for source in sources]
+    return targets, [_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]
+
+
+def _is_copied(targets: list[torch.Tensor]) -> bool:
+    return all(bool((target == i + 1).all()) for i, target in enumerate(targets))
+
+
+@pytest.mark.parametrize("fails_in", ["caller", "other"])
+def test_nobody_is_copying_any_more_when_a_copy_has_failed(fails_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the arena would be given back, and a source freed, while a thread still uses them."""
+    caller, begun, release = threading.current_thread(), threading.Event(), threading.Event()
+    busy: set[threading.Thread] = set()
+
+    def copy(*_: Any, **__: Any) -> None:
+        me = threading.current_thread()
+        if (me is caller) == (fails_in == "caller"):
+            begun.wait(30)
+            release.set()
+            raise RuntimeError("no")
+        busy.add(me)
+        begun.set()
+        release.wait(30)
+        time.sleep(0.2)  # whoever doesn't wait is found out
+        busy.discard(me)
+
+    monkeypatch.setattr(stage_module, "_copy_blocks", copy)
+    with pytest.raises(RuntimeError, match="no"):
+        _run(_large()[1], 2)
+    assert not busy
+
+
+def test_an_interrupt_waits_for_the_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    caller, begun, ended = threading.current_thread(), threading.Event(), threading.Event()
+
+    def copy(*_: Any, **__: Any) -> None:
+        if threading.current_thread() is caller:
+            begun.wait(30)
+            return
+        begun.set()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        ended.set()
+
+    monkeypatch.setattr(stage_module, "_copy_blocks", copy)
+    with pytest.raises(KeyboardInterrupt):
+        _run(_large()[1][:1], 2)
+    assert ended.is_set()
+
+
+def test_everything_is_copied_when_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at the interpreter's end, which waits for a copy in the background."""
+    targets, copies = _large()
+    monkeypatch.setattr(executors, "_shutdown", True)
+    _run(copies, 4)
+    assert _is_copied(targets)
+
+
+def test_a_forked_child_copies_collects_and_steps_on_its_own() -> None:
+    targets, copies = _large()
+    _run(copies, 3)
+    fence, release = Fence(), threading.Event()
+    fence.run(lambda: assert_released(release))
+    with no_collections():
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            try:
+                torch.set_num_threads(1)  # torch's own threads are not there either
+                for target in targets:
+                    target.zero_()
+                _run(copies, 3)
+                fence.wait()
+                os._exit(0 if _is_copied(targets) and gc.isenabled() else 1)
+            finally:
+                os._exit(2)
+        assert not gc.isenabled()
+    release.set()
+    assert gc.isenabled()
+    assert os.waitpid(child, 0)[1] == 0
+    fence.close()
+
+
+def assert_released(release: threading.Event) -> None:
+    assert release.wait(120)
