@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ckptstore.agent.memory import available_memory
 from ckptstore.agent.protocol import layout_id_of
 from ckptstore.errors import LockedError, NoSpaceError, TransientError
 from ckptstore.format import stock
@@ -34,8 +35,6 @@ from ckptstore.format.stock import Layout, PieceSpec
 log = logging.getLogger("ckptstore.agent")
 
 PAGE = mmap.PAGESIZE
-#: Left to everybody else when an arena is made.
-HEADROOM_BYTES = 64 << 20
 _POPULATE_STEP = 8 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Source: include/uapi/asm-generic/mman-common.h
 
@@ -367,36 +366,3 @@ def populate_range(address: int, size_bytes: int) -> bool:
         if ctypes.get_errno() != errno.EINTR:
             return False
     return True
-
-
-def available_memory() -> int:
-    """Bytes that can be had without pushing somebody out: the least of the system's and every cgroup's above us."""
-    free = [_meminfo_available()]
-    for directory in _cgroups():
-        with contextlib.suppress(OSError, ValueError):
-            limit = (directory / "memory.max").read_text().strip()
-            if limit != "max":
-                used = int((directory / "memory.current").read_text())
-                statistics = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-                free.append(int(limit) - used + int(statistics.get("inactive_file", 0)))
-    return min(free) - HEADROOM_BYTES
-
-
-def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
-
-
-def _cgroups() -> Iterator[Path]:
-    mount = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::"):
-                path = mount / line[3:].lstrip("/")
-                yield path
-                for parent in path.parents:
-                    if not parent.is_relative_to(mount):
-                        break
-                    yield parent

@@ -1,0 +1,55 @@
+"""How much memory a process here may still take: the machine's, and what its control groups leave of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+#: Left to everybody else.
+HEADROOM_BYTES = 64 << 20
+
+#: Files of a memory cgroup: limit, use, statistics, and what of these can be had back. Source: the kernel's
+#: admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst
+_V2 = ("memory.max", "memory.current", "memory.stat", "inactive_file")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
+
+
+def available_memory(system: Path = Path("/")) -> int:
+    """Bytes that can be had without pushing somebody out: the least of the system's and every cgroup's above us.
+
+    Args:
+        system: where /proc and /sys are.
+    """
+    free = [_meminfo_available(system)]
+    for directory, (limit, used, statistics, reclaimable) in _cgroups(system):
+        with suppress(OSError, ValueError):
+            most = (directory / limit).read_text().strip()
+            if most != "max":
+                lines = dict(line.split() for line in (directory / statistics).read_text().splitlines())
+                free.append(int(most) - int((directory / used).read_text()) + int(lines.get(reclaimable, 0)))
+    return min(free) - HEADROOM_BYTES
+
+
+def _meminfo_available(system: Path) -> int:
+    for line in (system / "proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def _cgroups(system: Path) -> Iterator[tuple[Path, tuple[str, str, str, str]]]:
+    """Our memory cgroups, innermost first, and their files' names. In a container what is above it isn't there."""
+    with suppress(OSError, ValueError):
+        for line in (system / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            mount, files = system / "sys/fs/cgroup", _V2
+            if "memory" in controllers.split(","):
+                mount, files = mount / "memory", _V1
+            elif controllers:
+                continue
+            within = mount / path.lstrip("/")
+            for directory in (within, *within.parents):
+                if not directory.is_relative_to(mount):
+                    break
+                yield directory, files
