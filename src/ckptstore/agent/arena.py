@@ -182,6 +182,7 @@ class Slot:
                 if self.is_tainted:
                     # What is sealed in the old memory stays with its save; the rest goes when its last user does.
                     self._drop()
+                self._give_up()
                 is_free = self._condition.wait_for(lambda: self._all_free() or self.owner is not owner, timeout_s)
                 self.check_owner(owner)
                 if not is_free:
@@ -252,8 +253,13 @@ class Slot:
         return generation
 
     def reserve(self, owner: object, timeout_s: float, save_id: str | None = None) -> int | None:
-        """Take a FREE generation for filling; None if there is none within ``timeout_s``."""
+        """Take a FREE generation for filling; None if there is none within ``timeout_s``.
+
+        What was taken for another save and never sealed, because a copy failed or was interrupted, is free again.
+        """
         with self._condition:
+            if self.owner is owner and save_id is not None:
+                self._give_up(except_for=save_id)
 
             def ready() -> bool:
                 return self.owner is not owner or self._free() is not None
@@ -270,6 +276,12 @@ class Slot:
         if self.layout_id is None:
             return None
         return next((g for g in self.generations if g.state is State.FREE), None)
+
+    def _give_up(self, except_for: str | None = None) -> None:
+        """A rank fills for one save at a time: when it begins another, its copies have ended. Hold the condition."""
+        for generation in self.generations:
+            if generation.state is State.FILLING and generation.save_id not in (None, except_for):
+                generation.free()
 
     def filling(self, index: int) -> Generation:
         """The generation of this index, which must be FILLING. Hold the condition."""

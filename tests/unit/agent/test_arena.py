@@ -196,3 +196,15 @@ def test_touching_brings_pages_and_changes_nothing() -> None:
     assert populate(memory, stop) == 0
     memory.close()
     os.close(fd)
+
+
+def test_what_was_never_sealed_is_free_when_its_owner_begins_another_save(slot: Slot) -> None:
+    slot.configure(OWNER, PIECES, 2, 1)
+    assert [slot.reserve(OWNER, 0, f"0123456789ab-{number}") for number in range(1, 6)] == [0] * 5
+    slot.generations[0].state = State.SEALED
+    assert [slot.reserve(OWNER, 0, f"0123456789ab-{number}") for number in range(6, 9)] == [1] * 3
+    slot.generations[0].free()
+    slot.configure(OWNER, PIECES[:2], 2, 0)  # nor does another layout wait for it
+    assert [g.state for g in slot.generations] == [State.FREE, State.FREE]
+    with pytest.raises(LockedError):
+        slot.filling(1)
