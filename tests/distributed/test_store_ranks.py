@@ -18,6 +18,7 @@ from store_jobs import (
     load_with_trouble,
     refuse_on_one_rank,
     save,
+    save_in_turn,
     save_on_a_shared_root,
     save_on_nodes,
     stock_calls,
@@ -74,6 +75,12 @@ def test_ddp_replicas_are_stored_once(tmp_path: Path) -> None:
     assert info.size_bytes == parameters * 4 * 3 + 5 * 4
     digest, *_ = run_ranks(1, load, "plain", str(root), None)[0]
     assert digest == expected
+
+
+def test_structures_in_turn_cost_two_small_agreements_also_when_the_agent_is_replaced(tmp_path: Path) -> None:
+    for calls, *is_as_saved in run_ranks(2, save_in_turn, str(tmp_path / "store")):
+        assert calls == [2] * 6, "one for the save, one for the arena"
+        assert all(is_as_saved)
 
 
 def test_every_rank_is_told_the_key_when_one_can_not_store_its_value(tmp_path: Path) -> None:

@@ -67,6 +67,34 @@ def save(rank: int, kind: str, root: str, remote: str | None, level: str = "loca
     return fingerprint(model, optimizer), info.step, dict(info.tiers)
 
 
+def save_in_turn(rank: int, root: str) -> Any:
+    """The whole state and its model in turn, another agent in between: collective calls of each, what came back."""
+    model, optimizer = make("fsdp")
+    states: list[dict[str, Any]] = [{"model": model, "optimizer": optimizer}, {"model": model}]
+    calls, saved = [], {}
+    with CheckpointStore(root, config=QUICK) as store:
+        for step in range(8):
+            if step == 6:
+                dist.barrier()
+                link = store._session.link  # type: ignore[union-attr]
+                if rank == 0:
+                    os.kill(link.client.agent_pid, signal.SIGKILL)
+                while link._client is not None:  # until this rank has heard of it
+                    time.sleep(0.01)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(1)
+            before = store._session.agreement.calls if store._session is not None else 0
+            handle = store.save(states[step % 2], step)
+            calls.append(store._session.agreement.calls - before)  # type: ignore[union-attr]
+            handle.wait("local", 60)
+            saved[step] = fingerprint(model, optimizer)
+        for step in (7, 6, 5, 2):
+            store.load(states[step % 2], step)
+            saved[step] = saved[step] == fingerprint(model, optimizer)
+    return calls[2:], saved[7], saved[6], saved[5], saved[2]
+
+
 def load(rank: int, kind: str, root: str, remote: str | None) -> Any:
     model, optimizer = make(kind, seed=1)
     mine: dict[str, Any] = {"rank": None}

@@ -24,6 +24,9 @@ from ckptstore.errors import StateError
 from ckptstore.format.manifest import Json
 from ckptstore.format.tree import View, with_views
 
+#: Of how many structures descriptions are kept.
+STRUCTURES_KEPT = 4
+
 
 class BoundTensor:
     """One rank's box of one named tensor; holds no memory (that is ``Binding.locals`` at the same index).
@@ -127,17 +130,11 @@ def bind(state: Mapping[str, Any], *, rank: int = 0) -> Binding:
 
 
 class Binder:
-    """Binds the same state again and again. One per store; not thread-safe."""
+    """Binds the same state, or a few in turn, again and again. One per store; not thread-safe."""
 
     def __init__(self, *, rank: int = 0) -> None:
         self.rank = rank
-        self._described: tuple[BoundTensor, ...] = ()
-        self._ties = _Ties()
-        self._aliases: dict[str, str] = {}
-        self._kept: tuple[BoundTensor, ...] = ()
-        self._views: dict[int, View] = {}
-        self._indexes: list[int] | None = None
-        self._fingerprint = b""
+        self._known: list[_Known] = []  # the last used last
         self._fragments: Fragments = {}
         self._all_plain = False
 
@@ -150,39 +147,77 @@ class Binder:
         if not isinstance(state, Mapping):
             raise StateError(f"the state must be a mapping of names to objects, not {type(state).__name__}", key="")
         try:
-            walk, encoded, own, locals_, same = self._walk(state, all_plain=self._all_plain)
+            walk, encoded, own, known, locals_ = self._walk(state, all_plain=self._all_plain)
         except _NotPlainError:
-            walk, encoded, own, locals_, same = self._walk(state, all_plain=False)
+            walk, encoded, own, known, locals_ = self._walk(state, all_plain=False)
         self._all_plain = not walk.has_composites
-        same = self._find_ties(locals_, same)
-        if not same:
-            self._fingerprint = _fingerprint(self._kept, self._aliases)
-        if self._indexes is not None:
-            locals_ = [locals_[i] for i in self._indexes]
-        if not same or not still_holds(self._views, locals_):
-            self._views = overlapping(self._kept, locals_)
         return Binding(
-            tensors=self._kept,
+            tensors=known.kept,
             locals=locals_,
-            tree=with_views(encoded, {self._kept[i].name: view for i, view in self._views.items()}),
+            tree=with_views(encoded, {known.kept[i].name: view for i, view in known.views.items()}),
             fragments=walk.fragments,
             per_rank=own,
-            aliases=self._aliases,
-            fingerprint=self._fingerprint,
+            aliases=known.aliases,
+            fingerprint=known.fingerprint,
             slow_path=walk.slow_path,
         )
 
     def _walk(
         self, state: Mapping[str, Any], *, all_plain: bool
-    ) -> tuple[Walk, Json, Json | None, list[torch.Tensor], bool]:
+    ) -> tuple[Walk, Json, Json | None, _Known, list[torch.Tensor]]:
         """One pass. Where nothing was composite last time, only tensors that changed are looked at again."""
         walk = Walk(self.rank, state, self._fragments, all_plain=all_plain)
         encoded, own = walk.encode(), walk.encode_own()
-        return walk, encoded, own, *self._describe(walk, all_plain=all_plain)
+        known = self._known_by(walk.names)
+        locals_ = known.describe(walk, all_plain=all_plain)
+        others = [each for each in self._known if each is not known]
+        self._known = [*others[1 - STRUCTURES_KEPT :], known]
+        return walk, encoded, own, known, locals_
+
+    def _known_by(self, names: list[str]) -> _Known:
+        """What is kept of a state with these names, or what a new one begins with: much of it may be the last one's."""
+        for known in reversed(self._known):
+            if known.names == names:
+                return known
+        return _Known(self._known[-1].described if self._known else ())
+
+
+class _Known:
+    """What is kept of one structure between saves; no tensor.
+
+    Attributes:
+        names: of all its tensors, in the order of the walk.
+        described: all its tensors.
+        kept: those that aren't tied to an earlier one.
+        aliases, fingerprint: see :class:`Binding`.
+        views: by index in ``kept``.
+    """
+
+    def __init__(self, described: tuple[BoundTensor, ...]) -> None:
+        self.names: list[str] = []
+        self.described = described
+        self.kept: tuple[BoundTensor, ...] = ()
+        self.aliases: dict[str, str] = {}
+        self.fingerprint = b""
+        self.views: dict[int, View] = {}
+        self._ties = _Ties()
+        self._indexes: list[int] | None = None
+
+    def describe(self, walk: Walk, *, all_plain: bool) -> list[torch.Tensor]:
+        """Bring everything up to date; returns the local tensors of those in ``kept``."""
+        locals_, same = self._describe(walk, all_plain=all_plain)
+        same = self._find_ties(locals_, same)
+        if not same:
+            self.fingerprint = _fingerprint(self.kept, self.aliases)
+        if self._indexes is not None:
+            locals_ = [locals_[i] for i in self._indexes]
+        if not same or not still_holds(self.views, locals_):
+            self.views = overlapping(self.kept, locals_)
+        return locals_
 
     def _describe(self, walk: Walk, *, all_plain: bool) -> tuple[list[torch.Tensor], bool]:
         """The local tensors, and whether every one looks as it did at the last save."""
-        described, names, kinds = self._described, walk.names, walk.kinds
+        described, names, kinds = self.described, walk.names, walk.kinds
         fresh: list[BoundTensor] = []
         locals_: list[torch.Tensor] = []
         same = len(described) == len(names)
@@ -201,7 +236,7 @@ class Binder:
             fresh.append(BoundTensor(names[i], tensor, kinds[i], box))
             locals_.append(box.local)
         if not same:
-            self._described = tuple(fresh)
+            self.names, self.described = names, tuple(fresh)
         return locals_, same
 
     def _find_ties(self, locals_: list[torch.Tensor], same: bool) -> bool:
@@ -210,12 +245,12 @@ class Binder:
         pattern = [first.setdefault(local.data_ptr() or -id(local), i) for i, local in enumerate(locals_)]
         if same and self._ties.still_hold(pattern, locals_):
             return True
-        described = self._described
+        described = self.described
         self._ties = _Ties.of(pattern, locals_, described)
         tied = self._ties.tied
-        self._aliases = {described[i].name: described[j].name for i, j in tied.items()}
+        self.aliases = {described[i].name: described[j].name for i, j in tied.items()}
         self._indexes = [i for i in range(len(described)) if i not in tied] if tied else None
-        self._kept = tuple(described[i] for i in self._indexes) if self._indexes is not None else described
+        self.kept = tuple(described[i] for i in self._indexes) if self._indexes is not None else described
         return False
 
 

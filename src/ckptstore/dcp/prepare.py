@@ -14,6 +14,9 @@ from ckptstore.dcp.union import joined, with_joined
 from ckptstore.errors import CkptError, SaveFailedError
 from ckptstore.format.manifest import Json
 
+#: How many plans are kept: of a whole state, of one without its optimizer, and so on.
+PLANS_KEPT = 4
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -21,8 +24,9 @@ class Prepared:
 
     Attributes:
         binding: the live state of this rank.
-        plan: what this rank writes; the same object as long as the structure of the job stays.
-        is_new_plan: the plan was made just now, so the arena needs a new layout.
+        plan: what this rank writes; the same object for each save of a structure, as long as its plan is kept. Where it
+            is another than at the save before, it is so on all ranks.
+        is_new_plan: the plan was made just now.
         flags: names of the flags that at least one rank raised.
     """
 
@@ -32,19 +36,50 @@ class Prepared:
     flags: frozenset[str] = field(default_factory=frozenset)
 
 
-class Preparer:
-    """Binds, agrees and plans for one store; keeps the plan between saves.
+@dataclass
+class _Planned:
+    """A plan, and what belongs to it.
 
-    Steady state costs one bind and one small all-reduce. Not thread-safe.
+    Attributes:
+        fragments: this rank's, if they are in ``union``: they may change where no tensor does.
+        union: rank 0's fragments joined with those of the others.
+        saves: how many saves it has served; the same on all ranks.
     """
 
-    def __init__(self, agreement: Agreement, *, check_replicas: Mode = "sample") -> None:
+    plan: Plan
+    replicas: ReplicaCheck
+    fragments: Mapping[str, Json]
+    union: Mapping[str, Json]
+    saves: int = 0
+
+    def fits(self, binding: Binding) -> bool:
+        return self.plan.fingerprint == binding.fingerprint and (
+            not self.union or self.fragments == binding.fragments  # mostly the same objects
+        )
+
+
+class Preparer:
+    """Binds, agrees and plans for one store; keeps the plans of the structures it saw last.
+
+    Steady state, also of a job that alternates between structures, costs one bind and one small all-reduce. Not
+    thread-safe.
+
+    A rank proposes the last used of its plans that fits its binding. All have to propose the same key, which stands for
+    the boxes of all ranks, so it doesn't matter which other plans each of them has. These are nevertheless the same:
+    they change with what all ranks know, and where a save failed they are forgotten.
+
+    Args:
+        agreement: the ranks.
+        check_replicas: how much of the replicas is compared.
+        plans_kept: the least recently used of more goes.
+    """
+
+    def __init__(self, agreement: Agreement, *, check_replicas: Mode = "sample", plans_kept: int = PLANS_KEPT) -> None:
         self._agreement = agreement
         self._check = check_replicas
         self._binder = Binder(rank=agreement.rank)
-        self._plan: Plan | None = None
-        self._union: dict[str, Json] = {}
-        self._replicas: ReplicaCheck | None = None
+        self._plans_kept = plans_kept
+        self._plans: dict[int, _Planned] = {}  # by key, the last used last
 
     def prepare(
         self,
@@ -68,59 +103,85 @@ class Preparer:
             CkptError: ``error``, of whichever rank had one.
         """
         binding: Binding | None = None
-        if error is None:
-            try:
-                binding = self._binder.bind(state)
-            except CkptError as refused:
-                error = refused
+        try:
+            if error is None:
+                try:
+                    binding = self._binder.bind(state)
+                except CkptError as refused:
+                    error = refused
+            return self._settle(binding, step, counter, flags or {}, error)
+        except BaseException:
+            self._plans.clear()  # a failure may have reached only some ranks
+            raise
+
+    def _settle(
+        self, binding: Binding | None, step: int, counter: int, flags: Mapping[str, bool], error: CkptError | None
+    ) -> Prepared:
         is_new_plan = False
         while True:
-            current = self._plan
-            fits = binding is not None and current is not None and current.fingerprint == binding.fingerprint
+            current = self._fitting(binding)
             outcome = self._agreement.agree(
-                same={"step": step, "counter": counter, "plan": current.key if current else 0},
+                same={
+                    "step": step,
+                    "counter": counter,
+                    "plan": current.plan.key if current else 0,
+                    "saves": current.saves if current else 0,
+                },
                 flags={
                     "failed": error is not None,
-                    "changed": not fits,
-                    **{f"user.{k}": v for k, v in (flags or {}).items()},
+                    "changed": current is None,
+                    **{f"user.{k}": v for k, v in flags.items()},
                 },
-                sets=self._digests(binding, current if fits else None, counter),
+                sets=self._digests(binding, current),
             )
             if "failed" in outcome.raised:
                 self._agreement.raise_together(error, what="preparing the save")
             if outcome.differing & {"step", "counter"}:
                 self._raise_different_saves(step, counter)
-            if "changed" not in outcome.raised and "plan" not in outcome.differing:
-                break
             assert binding is not None
-            self._plan = None
-            made = plan(binding, self._agreement)
-            self._union = {}
-            if made.extra:
-                everyone = self._agreement.gather(dict(binding.fragments), what="joining the states of the ranks")
-                self._union = joined(everyone, made.extra)
-            self._plan = made
-            self._replicas = ReplicaCheck(binding, self._plan, self._agreement.rank, self._check)
+            if current is not None and "changed" not in outcome.raised and not outcome.differing:
+                break
+            self._keep(self._planned(binding))
             is_new_plan = True
-        assert binding is not None
-        assert self._plan is not None
         if outcome.unequal_sets:
-            assert self._replicas is not None
-            self._replicas.explain(binding, self._agreement, outcome.unequal_sets, counter)
-        if self._agreement.rank == 0 and len(self._plan.aliases) > len(binding.aliases):
-            binding = replace(binding, aliases=self._plan.aliases)
-        if self._agreement.rank == 0 and self._union:
-            binding = replace(binding, tree=with_joined(binding.tree, binding.fragments, self._union))
+            current.replicas.explain(binding, self._agreement, outcome.unequal_sets, current.saves)
+        current.saves += 1
+        self._keep(current)
+        if self._agreement.rank == 0:
+            binding = _of_all_ranks(binding, current)
         raised = frozenset(name.removeprefix("user.") for name in outcome.raised if name.startswith("user."))
-        return Prepared(binding, self._plan, is_new_plan, raised)
+        return Prepared(binding, current.plan, is_new_plan, raised)
 
-    def _digests(self, binding: Binding | None, current: Plan | None, counter: int) -> list[int | None]:
-        """As many values as the agreed plan has sets, whatever this rank has."""
-        if self._agreement.world_size == 1 or self._plan is None or self._replicas is None:
+    def _fitting(self, binding: Binding | None) -> _Planned | None:
+        """The last used plan that this rank could write by."""
+        if binding is None:
+            return None
+        return next((each for each in reversed(self._plans.values()) if each.fits(binding)), None)
+
+    def _planned(self, binding: Binding) -> _Planned:
+        """A plan for what the ranks hold now. Collective."""
+        made = plan(binding, self._agreement)
+        union: dict[str, Json] = {}
+        if made.extra:
+            everyone = self._agreement.gather(dict(binding.fragments), what="joining the states of the ranks")
+            union = joined(everyone, made.extra)
+        replicas = ReplicaCheck(binding, made, self._agreement.rank, self._check)
+        return _Planned(made, replicas, dict(binding.fragments) if union else {}, union)
+
+    def _keep(self, planned: _Planned) -> None:
+        """Note the plan as the last used, in place of what was known by its key."""
+        self._plans.pop(planned.plan.key, None)
+        self._plans[planned.plan.key] = planned
+        while len(self._plans) > self._plans_kept:
+            del self._plans[next(iter(self._plans))]
+
+    def _digests(self, binding: Binding | None, current: _Planned | None) -> list[int | None]:
+        """As many values as any plan has sets: ranks may propose different ones and yet must understand each other."""
+        if self._agreement.world_size == 1:
             return []
-        if binding is None or current is None:
-            return [None] * len(self._replicas)
-        return self._replicas.digests(binding, counter)
+        count = max((len(each.replicas) for each in self._plans.values()), default=0)
+        mine = current.replicas.digests(binding, current.saves) if binding is not None and current is not None else []
+        return [*mine, *[None] * (count - len(mine))]
 
     def _raise_different_saves(self, step: int, counter: int) -> None:
         everyone = self._agreement.gather((step, counter), what="comparing steps")
@@ -137,3 +198,12 @@ class Preparer:
             f"ranks are at different saves: {[each[1] for each in everyone]}",
             hint="every rank makes the same save and load calls in the same order",
         )
+
+
+def _of_all_ranks(binding: Binding, planned: _Planned) -> Binding:
+    """Rank 0's binding with what only the others have: it stores the tree and the ties of all."""
+    if len(planned.plan.aliases) > len(binding.aliases):
+        binding = replace(binding, aliases=planned.plan.aliases)
+    if planned.union:
+        binding = replace(binding, tree=with_joined(binding.tree, binding.fragments, planned.union))
+    return binding

@@ -68,11 +68,12 @@ class ReplicaCheck:
     def __len__(self) -> int:
         return 1 + len(self._sets)
 
-    def digests(self, binding: Binding, counter: int) -> list[int | None]:
+    def digests(self, binding: Binding, turn: int) -> list[int | None]:
         """One number for the plain values and one per set; equal on all ranks where what was looked at is.
 
         Args:
-            counter: number of the save, the same on all ranks; it drives the rotation.
+            turn: how many saves of this plan came before, the same on all ranks; it drives the rotation. The number of
+                the save would not do: at every second save, every second tensor might never be looked at.
 
         Returns:
             Values for ``Agreement.agree(sets=...)``: None for sets this rank has no part in.
@@ -88,12 +89,12 @@ class ReplicaCheck:
                 state = xxhash.xxh3_64()
                 for indexes in each.small.values():
                     _update(state, _joined([binding.locals[i] for i in indexes]))
-                for index, start, count in self._large(binding, each, counter):
+                for index, start, count in self._large(binding, each, turn):
                     _update(state, _slice(binding.locals[index], start, count))
                 values.append(_int(state.intdigest()))
         return values
 
-    def explain(self, binding: Binding, agreement: Agreement, unequal: Sequence[int], counter: int) -> None:
+    def explain(self, binding: Binding, agreement: Agreement, unequal: Sequence[int], turn: int) -> None:
         """Some digests differ: find the key and raise the same error everywhere. Collective.
 
         Args:
@@ -106,7 +107,7 @@ class ReplicaCheck:
         with torch.no_grad():
             for each in (self._sets[i - 1] for i in unequal if i):
                 looked_at = [(i, 0, None) for indexes in each.small.values() for i in indexes]
-                for index, start, count in [*looked_at, *self._large(binding, each, counter)]:
+                for index, start, count in [*looked_at, *self._large(binding, each, turn)]:
                     state = xxhash.xxh3_64()
                     _update(state, _slice(binding.locals[index], start, count))
                     mine[binding.tensors[index].name] = _int(state.intdigest())
@@ -121,15 +122,15 @@ class ReplicaCheck:
                 _raise(key, list(by_value.values()))
         raise StateError("the state differs between ranks", hint="keep each rank's own with per_rank(...)", key="")
 
-    def _large(self, binding: Binding, each: _Set, counter: int) -> list[tuple[int, int, int | None]]:
+    def _large(self, binding: Binding, each: _Set, turn: int) -> list[tuple[int, int, int | None]]:
         """(index, first element, number of elements or None for all) of the large ones this save looks at."""
         if self._mode == "full" or not each.large:
             return [(index, 0, None) for index in each.large]
-        turn, which = divmod(counter, len(each.large))
+        lap, which = divmod(turn, len(each.large))
         bound = binding.tensors[each.large[which]]
         elements = max(1, _SLICE_BYTES // bound.itemsize)
         slices = -(-bound.size_bytes // (elements * bound.itemsize))
-        return [(each.large[which], (turn % slices) * elements, elements)]
+        return [(each.large[which], (lap % slices) * elements, elements)]
 
 
 def _raise(key: str, groups: list[list[int]]) -> None:

@@ -137,9 +137,7 @@ class Walk:
         """Whether nothing but its name would stand for this value in the tree."""
         if type(value) is torch.Tensor:
             return not self._is_composite(value)
-        return (
-            isinstance(value, torch.Tensor) and not tree.is_registered(type(value)) and not self._is_composite(value)
-        )
+        return isinstance(value, torch.Tensor) and not tree.is_registered(type(value)) and not self._is_composite(value)
 
     def _is_composite(self, tensor: torch.Tensor) -> bool:
         return not self._all_plain and composites.is_composite(tensor)

@@ -138,7 +138,8 @@ class Session:
                     flags={"busy": self._plan is not None and call.generation is None},
                     error=error,
                 )
-                is_busy = self._lay_out(call, prepared.plan) if prepared.is_new_plan else "busy" in prepared.flags
+                is_other = prepared.plan is not self._plan  # on all ranks, or on none
+                is_busy = self._lay_out(call, prepared.plan) if is_other else "busy" in prepared.flags
             if is_busy:
                 self._release(call)
                 return self._skipped(call)
@@ -173,7 +174,7 @@ class Session:
         call.generation = client.reserve(timeout, save_id=call.save_id)
 
     def _lay_out(self, call: _Call, plan: Plan) -> bool:
-        """Collective. A new structure needs a new arena image on every rank; True if none was free in time."""
+        """Collective. Another structure needs another arena image on every rank; True if none was free in time."""
         self._release(call)
         self._forget_arena()
         self._plan = plan

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from ckptstore.dcp.binder import Binder, Binding, bind
+from ckptstore.dcp.binder import STRUCTURES_KEPT, Binder, Binding, bind
 from ckptstore.dcp.markers import per_rank, trainable
 from ckptstore.dcp.reading import read_state
 from ckptstore.errors import StateError
@@ -314,6 +314,38 @@ def test_the_fingerprint_changes_when_the_structure_does(change: Any) -> None:
     before = binder.bind({"m": model}).fingerprint
     change(model)
     assert binder.bind({"m": model}).fingerprint != before
+
+
+def test_structures_bound_in_turn_are_described_once_each() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    stepped(optimizer, model)
+    tied = {"m": model, "again": model[0].weight}
+    states: list[dict[str, Any]] = [{"m": model, "o": optimizer}, {"m": model}, tied]
+    binder = Binder()
+    first = [binder.bind(state) for state in states]
+    second = [binder.bind(state) for state in states]
+    for before, after in zip(first, second, strict=True):
+        assert after.tensors is before.tensors
+        assert (after.fingerprint, after.aliases) == (before.fingerprint, before.aliases)
+    assert [binding.aliases for binding in second] == [{}, {}, {"again": "m.0.weight"}]
+    model[0].weight = nn.Parameter(torch.full((8, 4), 7.0))
+    for state, before in zip(states[1:], first[1:], strict=True):
+        now = binder.bind(state)
+        assert torch.equal(value(now, "m.0.weight"), model[0].weight)
+        assert now.aliases == {}
+        assert (now.fingerprint == before.fingerprint) is (before.aliases == {})
+
+
+def test_the_last_few_structures_only_are_kept() -> None:
+    binder = Binder()
+    states = [{"x": torch.ones(1), str(i): torch.ones(1)} for i in range(STRUCTURES_KEPT + 1)]
+    bound = [binder.bind(state) for state in states]
+    assert binder.bind(states[-1]).tensors is bound[-1].tensors
+    assert binder.bind(states[1]).tensors is bound[1].tensors
+    assert binder.bind(states[0]).tensors is not bound[0].tensors
+    assert binder.bind(states[1]).tensors is bound[1].tensors, "it was used since"
+    assert binder.bind(states[2]).tensors is not bound[2].tensors
 
 
 def test_the_fingerprint_says_nothing_about_values() -> None:
