@@ -210,7 +210,7 @@ def test_run_passes_signals_on_and_refuses_what_is_no_command(tmp_path: Path) ->
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGUSR1)
         assert process.wait(30) == 5
-    assert ckptctl("-s", tmp_path, "run", "--", "/no/such/command").code == 13
+    assert ckptctl("-s", tmp_path, "run", "--", "/no/such/command").code == 2
     assert ckptctl("run", "--", "true").code == 2
 
 

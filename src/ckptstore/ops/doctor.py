@@ -106,8 +106,10 @@ def _local(root: Path) -> Iterator[Check]:
             raise OSError(28, f"only {free / 2**30:.1f} GiB are free")
         return f"{free / 2**30:.1f} GiB free"
 
-    yield _tried("local: commit", write, f"make {folder} writable for this user, on a file system that can fsync")
-    yield _direct(folder)
+    commit = _tried("local: commit", write, f"make {folder} writable for this user, on a file system that can fsync")
+    yield commit
+    if commit.state == "ok":  # where nothing can be written, O_DIRECT is nobody's concern
+        yield _direct(folder)
     yield _tried("local: space", space, "make room, or put the local tier on a larger disk")
     kind = _file_system(folder)
     if kind in ("tmpfs", "ramfs", "overlay"):
@@ -123,10 +125,9 @@ def _direct(folder: Path) -> Check:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_DIRECT", 0), 0o600)
         os.close(fd)
+        path.unlink()
     except OSError as error:
         return Check("local: O_DIRECT", "ok", f"not here ({error.strerror}); files go through the page cache")
-    finally:
-        path.unlink(missing_ok=True)
     return Check("local: O_DIRECT", "ok", "supported")
 
 

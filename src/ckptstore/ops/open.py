@@ -76,9 +76,9 @@ class RunTiers:
     local: LocalTier | None
     remotes: tuple[RemoteTier, ...]
 
-    def catalog(self) -> Catalog:
+    def catalog(self, *, tolerate_unreachable: bool = False) -> Catalog:
         """The union of what the tiers hold."""
-        return Catalog.read(self.local, self.remotes, self.run)
+        return Catalog.read(self.local, self.remotes, self.run, tolerate_unreachable=tolerate_unreachable)
 
 
 def is_url(text: str) -> bool:

@@ -22,6 +22,8 @@ class Safety:
     created_at: datetime | None
     seconds_at_risk: float | None
     steps_at_risk: int | None
+    unknown: str | None = None
+    """Why that can't be told now: the remote is out of reach."""
 
     def to_json(self) -> dict[str, Any]:
         from ckptstore.clock import rfc3339
@@ -32,6 +34,7 @@ class Safety:
             "created_at": rfc3339(self.created_at) if self.created_at else None,
             "seconds_at_risk": self.seconds_at_risk,
             "steps_at_risk": self.steps_at_risk,
+            "unknown": self.unknown,
         }
 
 
@@ -62,9 +65,10 @@ class Rank:
 
 
 def status(tiers: RunTiers, clock: Clock = SYSTEM_CLOCK) -> Status:
-    """Look at the tiers and at the agent, if one runs for this local tier."""
+    """Look at the tiers and at the agent, if one runs for this local tier; a remote out of reach is said, no more."""
     agent = _agent(tiers)
-    infos = [record.info() for record in tiers.catalog().line()]
+    catalog = tiers.catalog(tolerate_unreachable=True)
+    infos = [record.info() for record in catalog.line()]
     said = (agent or {}).get("runs", {}).get(tiers.run, {})
     staged = [save for save in said.get("saves", []) if not save["ranks_missing"]]
     steps = [info.step for info in infos] + [save["step"] for save in staged]
@@ -77,8 +81,12 @@ def status(tiers: RunTiers, clock: Clock = SYSTEM_CLOCK) -> Status:
         safety.append(_safety("power cut (local)", local, newest, clock))
     waiting: set[str] = set()
     for remote in tiers.remotes:
+        survives = f"loss of the machine ({remote.name})"
+        if remote.name in catalog.unreachable:
+            safety.append(Safety(survives, None, None, None, None, catalog.unreachable[remote.name].message))
+            continue
         held = [info for info in infos if info.tiers.get(remote.name) == "complete"]
-        safety.append(_safety(f"loss of the machine ({remote.name})", held, newest, clock))
+        safety.append(_safety(survives, held, newest, clock))
         behind = {info.save_id for info in held}
         waiting |= {info.save_id for info in infos if info.save_id not in behind}
     waiting_bytes = sum(info.size_bytes for info in infos if info.save_id in waiting)

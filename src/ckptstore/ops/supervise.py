@@ -17,7 +17,7 @@ from types import FrameType
 
 from ckptstore.agent.client import AgentClient
 from ckptstore.clock import SYSTEM_CLOCK
-from ckptstore.errors import CkptError, ConfigError, NotFoundError
+from ckptstore.errors import CkptError, ConfigError
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -44,15 +44,14 @@ class Supervisor:
         """Run the command to its end; its exit code, 128 + n when signal n ended it.
 
         Raises:
-            NotFoundError: there is no such command.
-            ConfigError: it can't be executed.
+            ConfigError: there is no such command, or it can't be executed.
         """
         before = {number: signal.signal(number, self._on_signal) for number in FORWARDED}
         try:
             try:
                 self._child = subprocess.Popen(self._argv)
             except FileNotFoundError:
-                raise NotFoundError(f"no such command: {self._argv[0]}") from None
+                raise ConfigError(f"no such command: {self._argv[0]}", hint="ckptctl -s STORE run -- CMD") from None
             except OSError as error:
                 raise ConfigError(f"can't run {self._argv[0]}: {error.strerror}") from None
             for number in self._early:

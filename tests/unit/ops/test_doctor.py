@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,7 @@ from ckptstore.blob.memory import MemoryBlobStore
 from ckptstore.errors import CredentialsError
 from ckptstore.ops.doctor import doctor, survival
 from ckptstore.ops.open import Place
+from ckptstore.repo.local import LocalTier
 
 
 @pytest.mark.parametrize(
@@ -49,3 +53,20 @@ def test_doctor_goes_on_and_cleans_up_when_a_head_is_refused() -> None:
     assert (checks["s3: clock"].state, "403" in checks["s3: clock"].detail) == ("warning", True)
     assert "s3: list" in checks
     assert list(blob.list("")) == []
+
+
+def test_doctor_says_that_a_local_tier_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    root = tmp_path / "ckpt"
+    LocalTier(root).create()
+    real = os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *a, **k: (read_only if flags & os.O_CREAT else real)(path, flags, *a, **k)
+    )
+    monkeypatch.setattr(Path, "unlink", read_only)
+    checks = {check.name: check for check in doctor(Place(LocalTier(root), {}))}
+    commit = checks["local: commit"]
+    assert (commit.state, commit.detail) == ("problem", "Read-only file system")
+    assert "local: space" in checks, "the others are tried all the same"

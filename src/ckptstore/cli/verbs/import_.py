@@ -11,7 +11,7 @@ from ckptstore.cli.options import Settings, verb
 from ckptstore.cli.output import note, plain, print_json
 from ckptstore.cli.progress import transfer_bar
 from ckptstore.cli.torch_side import foreign
-from ckptstore.errors import ConfigError, NotFoundError
+from ckptstore.errors import ConfigError
 from ckptstore.format.foreign import ForeignState
 from ckptstore.format.manifest import check_run_name
 from ckptstore.ops.importing import import_state, open_safetensors
@@ -63,7 +63,7 @@ def command(settings: Settings, path: Path, step: int, under: str | None, trust_
 def _source(path: Path, under: str | None, trust_pickle: bool) -> AbstractContextManager[ForeignState]:
     """What the path is, by what is there."""
     if not path.exists():
-        raise NotFoundError(f"there is no {path}", path=str(path))
+        raise ConfigError(f"there is no {path}", hint="PATH is a file, or a folder, that is there", path=str(path))
     is_dcp = path.is_dir() and (path / ".metadata").is_file()
     if not is_dcp and (path.is_dir() or path.suffix == ".safetensors"):
         return open_safetensors(path, under=under)

@@ -10,7 +10,9 @@ from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
 from ckptstore.cli.output import colour_words, plain, print_json, table
 from ckptstore.cli.queues import queue_line
+from ckptstore.errors import TransientError
 from ckptstore.ops.cost import cost
+from ckptstore.ops.open import Place
 from ckptstore.ops.settings import Settings as Sources
 from ckptstore.ops.status import Safety, Status, status
 from ckptstore.ops.words import counted, human_bytes, human_seconds
@@ -33,7 +35,7 @@ def command(settings: Settings, is_live: bool, interval_s: float, with_cost: boo
       ckptctl -s s3://bucket/prefix status --cost --json
     """
     with opened(settings, with_remote=True) as place:
-        tiers = place.tiers(place.choose_run(settings.run))
+        tiers = place.tiers(_run(place, settings.run))
         if is_live and not settings.as_json and sys.stdout.isatty():
             from ckptstore.cli.watch import watch
 
@@ -64,6 +66,16 @@ def command(settings: Settings, is_live: bool, interval_s: float, with_cost: boo
         print(f"  reading it all from elsewhere takes {gets}, {_dollars(one.restore_dollars)}")
 
 
+def _run(place: Place, run: str | None) -> str:
+    """The run to look at: a remote that is out of reach doesn't keep the local tier from telling."""
+    try:
+        return place.choose_run(run)
+    except TransientError:
+        if place.local is None or not place.local.exists():
+            raise
+        return Place(place.local, {}).choose_run(run)
+
+
 def _dollars(amount: float) -> str:
     return "less than 0.01 $" if 0 < amount < 0.01 else f"{amount:.2f} $"
 
@@ -84,6 +96,8 @@ def _lines(found: Status) -> list[str]:
 
 
 def _row(row: Safety) -> list[str]:
+    if row.unknown is not None:
+        return [row.survives, "unknown", row.unknown]
     if row.step is None or row.seconds_at_risk is None:
         return [row.survives, "-", "everything"]
     behind = f" and {row.steps_at_risk} steps" if row.steps_at_risk else ""
