@@ -84,6 +84,9 @@ class Stage:
             targets, indexes = [t for t, _ in chosen], [i for _, i in chosen]
             total = sum(target.nbytes for target in targets)
         sources = [copyable(locals_[i]) for i in indexes]
+        if kinds is not None:
+            # Training may go on meanwhile: who gives a parameter other memory must not take ours away.
+            sources = [source.detach() for source in sources]
         threads = min(threads, max(1, total // _BYTES_PER_THREAD))
         with torch.no_grad():
             if any(source.is_cuda for source in sources):

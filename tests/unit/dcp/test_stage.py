@@ -108,6 +108,30 @@ def test_nobody_is_copying_any_more_when_a_copy_has_failed(fails_in: str, monkey
     assert not busy
 
 
+def test_memory_that_a_parameter_gives_up_during_an_overlapping_copy_is_still_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Linear(5000, 2000)
+    model.weight.data.fill_(7.0)
+    binding = bind({"m": model})
+    made = plan(binding)
+    places = layout(made.pieces)
+    image, real = bytearray(places.image_bytes), stage_module._copy_blocks
+
+    def copy(*arguments: Any, **options: Any) -> None:
+        model.weight.data = torch.zeros(1)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(stage_module, "_copy_blocks", copy)
+    if (child := os.fork()) == 0:  # which may crash
+        torch.set_num_threads(1)
+        Stage(made, places.starts).copy(binding, image, 1, {"param"})
+        start = places.starts[[p.fqn for p in made.pieces].index("m.weight")]
+        copied = torch.frombuffer(image, dtype=torch.float32, offset=start, count=10_000_000)
+        os._exit(0 if bool((copied == 7.0).all()) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_an_interrupt_waits_for_the_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     caller, begun, ended = threading.current_thread(), threading.Event(), threading.Event()
 
