@@ -14,11 +14,13 @@ from store_jobs import (
     load,
     load_and_fetch,
     load_from,
+    load_from_a_dying_remote,
     load_on_nodes,
     load_with_trouble,
     refuse_on_one_rank,
     save,
     save_in_turn,
+    save_many,
     save_on_a_shared_root,
     save_on_nodes,
     stock_calls,
@@ -104,6 +106,14 @@ def test_stock_save_and_load_of_sharded_models_go_through_the_store(tmp_path: Pa
 def test_a_load_may_take_longer_than_the_deadline_when_all_ranks_are_alive(tmp_path: Path) -> None:
     (expected, *_), _ = run_ranks(2, save, "fsdp", str(tmp_path), None)
     assert run_ranks(2, load_with_trouble, str(tmp_path), "slow") == [expected] * 2
+
+
+def test_a_remote_that_dies_while_loading_is_not_asked_for_every_chunk(tmp_path: Path, bucket: str) -> None:
+    run_ranks(1, save_many, str(tmp_path), bucket)
+    for result in run_ranks(2, load_from_a_dying_remote, bucket):
+        message, asked = result
+        assert "answers no more" in message
+        assert asked < 50, "of 200 chunks; each time may mean minutes of trying again"
 
 
 def test_a_rank_that_dies_while_loading_is_named(tmp_path: Path) -> None:

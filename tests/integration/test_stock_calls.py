@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ckptstore import CheckpointStore
+from ckptstore.errors import LockedError
+from ckptstore.repo.holding import alone
 
 
 def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -97,3 +101,25 @@ def test_damage_is_an_error_of_stock_load_and_names_the_parameter(tmp_path: Path
         with pytest.raises(CheckpointException) as caught:
             dcp.load({"model": model.state_dict()}, storage_reader=store.reader(), no_dist=True)
         assert "model.0.weight" in str(caught.value)
+
+
+def test_nothing_keeps_the_checkpoint_from_being_deleted_once_stock_load_has_ended(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path / "store") as store:
+        store.save({"w": torch.ones(9)}, 1, wait="local")
+        (path,) = tmp_path.glob("store/default/step-*")
+        reader = store.reader()
+        before = set(os.listdir("/proc/self/fd"))
+        target = {"w": torch.zeros(9)}
+        for _ in range(2):
+            dcp.load(target, storage_reader=reader, no_dist=True)
+            with alone(path):
+                assert target["w"].sum() == 9
+        with pytest.raises(CheckpointException):
+            dcp.load({"v": torch.zeros(9)}, storage_reader=reader, no_dist=True)
+        with pytest.raises(LockedError), alone(path):
+            pass  # a load that stopped half way may be looked at still
+        del reader
+        gc.collect()
+        with alone(path):
+            pass
+        assert set(os.listdir("/proc/self/fd")) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 import torch
 
 from ckptstore import CheckpointStore, StoreConfig, errors
+from ckptstore.agent.client import AgentClient
+from ckptstore.repo.holding import alone
+from ckptstore.repo.reader import CheckpointReader
 from ckptstore.testing.faults import CutReply, FaultProxy, LoseReply, Reply, Rule
 from ckptstore.testing.s3_server import SeaweedServer
 
@@ -209,3 +213,33 @@ def test_failed_save_is_raised_by_the_next_when_configured(tmp_path: Path) -> No
             store.save(state(3), 3)
     store.save(state(4), 4, wait="local")
     store.close()
+
+
+def test_a_load_that_fails_or_finds_a_busy_agent_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CheckpointStore(tmp_path, config=QUICK) as store:
+        store.save(state(1), 1, wait="local")
+    (path,) = tmp_path.glob("default/step-*")
+    with CheckpointStore(tmp_path, config=QUICK) as store:
+        store.load(state(0))
+        descriptors, threads = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
+
+        def fails(*_: Any) -> Any:
+            raise errors.StorageError("the disk answers no more")
+
+        def takes_long(*_: Any, **__: Any) -> Any:
+            raise errors.SaveTimeoutError("still writing")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointReader, "ranks_here", property(fails))
+            with pytest.raises(errors.StorageError, match="answers no more") as caught:
+                store.load(state(0))
+            with alone(path):
+                assert caught.value is not None, "nobody reads it, although the error is still at hand"
+        with monkeypatch.context() as patch:
+            patch.setattr(AgentClient, "settle", takes_long)
+            assert store.load(state(0)) is not None
+        left = {thread.name for thread in set(threading.enumerate()) - threads}
+        assert left <= {"ckptstore-agent-events"}, "that one says goodbye and ends"
+        assert set(os.listdir("/proc/self/fd")) <= descriptors

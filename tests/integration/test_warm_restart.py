@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ SIZE = 1 << 20
 TRAINER = """
 import os, signal, sys, torch
 from ckptstore import CheckpointStore, StoreConfig
-store = CheckpointStore(sys.argv[1], config=StoreConfig(agent_idle_exit_seconds=20))
+remote = sys.argv[3] if len(sys.argv) > 3 else None
+store = CheckpointStore(sys.argv[1], remote, config=StoreConfig(agent_idle_exit_seconds=20))
 for step in range(1, int(sys.argv[2]) + 1):
-    store.save({"w": torch.full((1 << 20,), float(step)), "n": step}, step).wait("local")
+    store.save({"w": torch.full((1 << 20,), float(step)), "n": step}, step).wait("remote" if remote else "local")
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def killed_after(root: Path, saves: int) -> None:
+def killed_after(root: Path, saves: int, *remote: str) -> None:
     """A trainer that saved and was killed."""
-    done = subprocess.run([sys.executable, "-c", TRAINER, str(root), str(saves)], timeout=120, check=False)
+    command = [sys.executable, "-c", TRAINER, str(root), str(saves), *remote]
+    done = subprocess.run(command, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
 
 
@@ -59,6 +62,25 @@ def test_memory_serves_when_the_file_is_damaged_or_gone(tmp_path: Path) -> None:
     assert sources == {"arena": SIZE * 4}
     file.unlink()
     assert torch.equal(load(tmp_path)[0]["w"], torch.ones(SIZE))
+
+
+def test_a_file_that_is_gone_is_brought_back_from_the_remote_although_memory_served(tmp_path: Path) -> None:
+    root, remote = tmp_path / "store", f"file://{tmp_path}/bucket"
+    killed_after(root, 1, remote)
+    (lost,) = root.rglob("__0_0.distcp")
+    before = lost.read_bytes()
+    lost.unlink()
+    with CheckpointStore(root, remote, config=CONFIG) as store:
+        state = {"w": torch.zeros(SIZE), "n": 0}
+        info = store.load(state)
+        assert info is not None
+        assert info.report is not None
+        assert dict(info.report.bytes_by_source) == {"arena": SIZE * 4}
+        store.save(state, 2, wait="local")
+        deadline = time.monotonic() + 60
+        while not lost.exists() or lost.read_bytes() != before:
+            assert time.monotonic() < deadline, "the agent did not bring the file back"
+            time.sleep(0.05)
 
 
 def test_memory_that_is_written_over_is_not_believed(tmp_path: Path) -> None:

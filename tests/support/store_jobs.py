@@ -196,6 +196,32 @@ def load_with_trouble(rank: int, root: str, trouble: str) -> Any:
     return fingerprint(model, optimizer)
 
 
+def load_from_a_dying_remote(rank: int, remote: str) -> Any:
+    """The remote answers no more once the checkpoint is open: the error, and how often this rank asked for bytes."""
+    from ckptstore.errors import TransientError
+    from ckptstore.repo.remote import RemoteTier
+
+    asked: list[str] = []
+
+    def silent(self: RemoteTier, pack: str, *_: int) -> bytes:
+        asked.append(pack)
+        raise TransientError("the bucket answers no more")
+
+    RemoteTier.get_range = silent  # type: ignore[method-assign]
+    with CheckpointStore(None, remote=remote, config=QUICK) as store:
+        try:
+            store.load({f"t{n}": torch.zeros(5) for n in range(200)})
+        except TransientError as error:
+            return str(error), len(asked)
+    return None
+
+
+def save_many(rank: int, root: str, remote: str) -> Any:
+    """Many small tensors, the same on all ranks."""
+    with CheckpointStore(root, remote=remote, config=QUICK) as store:
+        store.save({f"t{n}": torch.full((5,), float(n)) for n in range(200)}, 1, wait="remote")
+
+
 def die(rank: int, moment: str, root: str, remote: str | None) -> Any:
     """Two nodes of one rank each; somebody dies at ``moment`` of the second save, after a first one is complete."""
     folder = node_root(root, rank)

@@ -75,6 +75,7 @@ class Filler:
         self._readers = readers
         self._lock = threading.Lock()
         self._parts: dict[ChunkId, list[Part]] = {}
+        self._is_cut_off = False  # this rank can't reach what it should read for others
         self.touched: set[str] = set()
         self.bytes_by_source: Counter[str] = Counter()
 
@@ -117,7 +118,8 @@ class Filler:
             futures = [pool.submit(self._read_batch, batch) for batch in batches]
             if self._agreement is not None:
                 left = self._share(self._agreement, found, futures)
-                futures += [pool.submit(self._read_at_last, mine[chunk]) for chunk in sorted(left)]
+                rest = self._batched(sorted(left), _LEAST_BATCH_BYTES)
+                futures += [pool.submit(self._read_at_last, [mine[chunk] for chunk in batch]) for batch in rest]
                 self._attend(self._agreement, futures, futures)
             for future in futures:
                 if self._agreement is None or future.done():
@@ -253,13 +255,21 @@ class Filler:
         return _Parcels(give, given, views, reads)
 
     def _read_for_others(self, batch: list[tuple[ChunkId, memoryview]]) -> dict[ChunkId, str]:
-        """Read these into their views; returns the source of each that could be read."""
+        """Read these into their views; returns the source of each that could be read.
+
+        The takers notice what could not, and look for it themselves.
+        """
+        if self._is_cut_off:
+            return {}
         try:
             sources = self._source.read_batch([(*chunk, out) for chunk, out in batch])
-        except CkptError:
+        except IntegrityError:
             if len(batch) == 1:
-                return {}  # the takers notice, and look for it themselves
+                return {}
             return {chunk: source for one in batch for chunk, source in self._read_for_others([one]).items()}
+        except CkptError:
+            self._is_cut_off = True  # to find that out once took all the tries there are; the takers will say why
+            return {}
         return {chunk: source for (chunk, _), source in zip(batch, sources, strict=True)}
 
     def _fan_out(self, window: list[Delivery], parcels: _Parcels) -> None:
@@ -309,13 +319,17 @@ class Filler:
         self._place(chunk, data)
         self._count(where, data.nbytes)
 
-    def _read_at_last(self, delivery: Delivery) -> None:
-        """A chunk that another rank should have given: read it from wherever this rank can."""
+    def _read_at_last(self, found: Sequence[Delivery]) -> None:
+        """Chunks that other ranks should have given: read them from wherever this rank can."""
         try:
-            self._read_batch([delivery.chunk])
+            self._read_batch([delivery.chunk for delivery in found])
         except IntegrityError as error:
+            if len(found) > 1:
+                for delivery in found:
+                    self._read_at_last([delivery])
+                return
             raise IntegrityError(
-                f"{error.message}; the copy that rank {delivery.sender} can read is no good either",
+                f"{error.message}; the copy that rank {found[0].sender} can read is no good either",
                 hint=error.hint,
                 **error.context,
             ) from error

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -33,8 +33,16 @@ from ckptstore.errors import FormatError
 from ckptstore.format import stock
 from ckptstore.format.stock_items import named_leaves
 
+
+class OpenSource(ChunkSource, Protocol):
+    """A checkpoint that is kept from being deleted until it is closed."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
 #: Opens a save: the one asked for, or with a save_id that very one.
-Opener = Callable[[str | None], ChunkSource]
+Opener = Callable[[str | None], OpenSource]
 
 
 class CheckpointStorageReader(StorageReader):
@@ -46,10 +54,10 @@ class CheckpointStorageReader(StorageReader):
 
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
-        self._source: ChunkSource | None = None
+        self._source: OpenSource | None = None
 
     @property
-    def source(self) -> ChunkSource:
+    def source(self) -> OpenSource:
         """The open checkpoint."""
         if self._source is None:
             self._source = self._opener(None)
@@ -63,7 +71,15 @@ class CheckpointStorageReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A new load begins: look anew which checkpoint is meant. ``checkpoint_id`` has no meaning here."""
         del checkpoint_id
-        self._source = None
+        self._close()
+
+    def __del__(self) -> None:
+        self._close()  # a load may have ended before anything was read
+
+    def _close(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What stock planners need to know of the checkpoint."""
@@ -107,8 +123,18 @@ class CheckpointStorageReader(StorageReader):
         return [replace(plan, storage_data=self.save_id) for plan in plans]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what the plan asks for; blocks. Each stored chunk is read once, whatever the plan's items share."""
+        """Read what the plan asks for; blocks. Each stored chunk is read once, whatever the plan's items share.
+
+        That ends the load: the checkpoint is closed.
+        """
+        try:
+            return self._read(plan, planner)
+        finally:
+            self._close()
+
+    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         if isinstance(plan.storage_data, str) and plan.storage_data != self.save_id:
+            self._close()
             self._source = self._opener(plan.storage_data)
         names, items = self._names()
         slots: list[Slot] = []

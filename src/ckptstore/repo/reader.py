@@ -144,7 +144,7 @@ class CheckpointReader:
 
     @property
     def bytes_by_source(self) -> dict[str, int]:
-        """Plain bytes read so far from each source: ``local`` or a remote's name."""
+        """Plain bytes read so far from each source: ``arena``, ``local`` or a remote's name."""
         with self._lock:
             return dict(self._bytes)
 
@@ -156,13 +156,17 @@ class CheckpointReader:
 
     @property
     def ranks_here(self) -> frozenset[int]:
-        """Ranks whose shard file is here, in memory or of the right size on disk: read without asking anybody."""
+        """Ranks whose shard file is here, in memory or on disk: read without asking anybody."""
+        return self.ranks_on_disk | self._images.keys()
+
+    @property
+    def ranks_on_disk(self) -> frozenset[int]:
+        """Ranks whose shard file is in the local tier, of the right size."""
         if self._save is None:
-            return frozenset(self._images)
+            return frozenset()
         path = self._save.path
         shards = [self.shards[rank] for rank in self._manifests_here]
-        here = {s.rank for s in shards if directory.file_bytes(path / s.file) == s.file_bytes}
-        return frozenset(here | self._images.keys())
+        return frozenset(s.rank for s in shards if directory.file_bytes(path / s.file) == s.file_bytes)
 
     def pieces(self, fqn: str) -> list[tuple[int, int, Piece]]:
         """Where this tensor's boxes lie: (rank, number of the piece in its shard, piece). Follows aliases.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from mmap import mmap
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ def _is_torn_here(record: Record, reader: CheckpointReader) -> bool:
     """Whether this node's copy has lost whole files. Of several nodes each holds its own part only: unknown."""
     if record.local is None or record.summary.num_nodes > 1 or not record.remote:
         return False
-    return len(reader.ranks_here) < reader.world_size
+    return len(reader.ranks_on_disk) < reader.world_size
 
 
 @dataclass(frozen=True)
@@ -201,22 +202,23 @@ def _open_together(
         except CkptError as failure:
             error = failure
         told = _tell(tiers, agreement, nodes, record)
-        try:
-            if error is None:
-                images = _borrow(tiers, record.save_id)
-                reader = CheckpointReader(record, tiers.local, tiers.remotes, told=told, images=images)
-        except CkptError as failure:
-            error = failure
-        errors = agreement.gather(error, what="opening the checkpoint")
-        failed = next((each for each in errors if each is not None), None)
-        if failed is None and reader is not None:
-            held = nodes.gather(agreement, lambda r=reader: r.ranks_here, what="opening the checkpoint")  # type: ignore[misc]
-            readers = Readers(nodes.of_rank, tuple(held), once_per_job)
-            return _Opened(record, reader, readers, tuple(passed.reasons))
-        if step != "latest" or not isinstance(failed, (IntegrityError, FormatError, IncompleteCheckpointError)):
-            agreement.raise_together(error, what="opening the checkpoint")
-        if reader is not None:
-            reader.close()
+        with ExitStack() as unless_agreed:
+            try:
+                if error is None:
+                    images = _borrow(tiers, record.save_id)
+                    reader = CheckpointReader(record, tiers.local, tiers.remotes, told=told, images=images)
+                    unless_agreed.callback(reader.close)
+            except CkptError as failure:
+                error = failure
+            errors = agreement.gather(error, what="opening the checkpoint")
+            failed = next((each for each in errors if each is not None), None)
+            if failed is None and reader is not None:
+                held = nodes.gather(agreement, lambda r=reader: r.ranks_here, what="opening the checkpoint")  # type: ignore[misc]
+                readers = Readers(nodes.of_rank, tuple(held), once_per_job)
+                unless_agreed.pop_all()
+                return _Opened(record, reader, readers, tuple(passed.reasons))
+            if step != "latest" or not isinstance(failed, (IntegrityError, FormatError, IncompleteCheckpointError)):
+                agreement.raise_together(error, what="opening the checkpoint")
         passed.note(record, failed, tell=agreement.rank == 0)
 
 
