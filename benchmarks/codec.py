@@ -187,13 +187,11 @@ def throughput(states: dict[str, State], rows: dict[str, int], zipnn: Any, round
     zstd, unzstd = zstandard.ZstdCompressor(level=3, write_checksum=True), zstandard.ZstdDecompressor()
     out = bytearray(max(len(c.plain) for c in work))
 
-    def digest(c: Chunk) -> str:
-        return xxhash.xxh3_128_hexdigest(c.plain)
-
-    encoders: dict[str, Callable[[Chunk, Any], Any]] = {
-        "ours": lambda c, plain: encode(plain, dtype=c.dtype, row=c.row).frame,
-        "zstd-3": lambda c, plain: zstd.compress(plain),
-        "DCP zstd": lambda c, plain: by_dcp(plain),
+    digest = xxhash.xxh3_128_hexdigest
+    encoders: dict[str, Callable[[Chunk, Any, str | None], Any]] = {
+        "ours": lambda c, plain, known: encode(plain, dtype=c.dtype, row=c.row, digest=known).frame,
+        "zstd-3": lambda c, plain, known: zstd.compress(plain),
+        "DCP zstd": lambda c, plain, known: by_dcp(plain),
     }
     decoders: dict[str, Callable[[Chunk, Any], Any]] = {
         "ours": lambda c, f: decode(f, size_bytes=len(c.plain), out=memoryview(out)[: len(c.plain)]),
@@ -201,20 +199,20 @@ def throughput(states: dict[str, State], rows: dict[str, int], zipnn: Any, round
         "DCP zstd": lambda c, f: _DCP.transform_from(io.BytesIO(f)).read(),
     }
     if zipnn is not None:
-        encoders["zipnn"] = lambda c, plain: zipnn[c.dtype].compress(plain)
+        encoders["zipnn"] = lambda c, plain, known: zipnn[c.dtype].compress(plain)
         decoders["zipnn"] = lambda c, f: zipnn[c.dtype].decompress(f)
     seconds: dict[tuple[str, str], list[float]] = {}
 
+    # Whoever stores a chunk checks it against its digest first, and a reader what comes out.
     # Results are dropped one by one, as an uploader does, so that the allocator can reuse their memory.
     def encode_all(name: str, plains: list[bytearray]) -> None:
         for c, plain in zip(work, plains, strict=True):
-            encoders[name](c, plain)
-            digest(c)
+            encoders[name](c, plain, digest(plain))
 
     def decode_all(name: str, frames: list[Any]) -> None:
         for c, frame in zip(work, frames, strict=True):
             decoders[name](c, frame)
-            digest(c)
+            digest(c.plain)
 
     for _ in range(rounds):
         for name in encoders:
@@ -222,7 +220,7 @@ def throughput(states: dict[str, State], rows: dict[str, int], zipnn: Any, round
             copies = [bytearray(c.plain) for c in work]
             spent = _cpu(lambda name=name, copies=copies: encode_all(name, copies))
             seconds.setdefault((name, "encode"), []).append(spent)
-            frames = [encoders[name](c, bytearray(c.plain)) for c in work]
+            frames = [encoders[name](c, bytearray(c.plain), None) for c in work]
             spent = _cpu(lambda name=name, frames=frames: decode_all(name, frames))
             seconds.setdefault((name, "decode"), []).append(spent)
 

@@ -14,6 +14,9 @@ from ckptstore.codec.scratch import SCRATCH
 #: Fewer plain bytes than this are stored raw: headers would eat the gain.
 _SMALL_BYTES = 256
 
+#: From so many bytes on xxh3_64 is the lower half of xxh3_128. Source: XXH3_hashLong_128b_internal in xxhash.h.
+_HALF_BYTES = 241
+
 #: A delta ties the chunk to its base and makes a restore read two frames: it must save this share of plain size.
 _DELTA_MARGIN = 0.04
 
@@ -30,6 +33,7 @@ def encode(
     base: Buffer | None = None,
     master: Buffer | None = None,
     row: int = 0,
+    digest: str | None = None,
     compress: bool = True,
 ) -> Encoded:
     """Encode one chunk with the chain that stores it smallest at acceptable speed. Equal input, equal frame.
@@ -40,6 +44,7 @@ def encode(
         base: the same chunk of an earlier save, whole; a delta against it is made where that pays.
         master: for a bf16 chunk, the fp32 chunk it may be the rounding of.
         row: elements of the tensor's last dimension, 0 if unknown: some tensors repeat from row to row.
+        digest: xxh3_128 of the plain bytes as hex digits, if it is known: the frame's comes with it.
         compress: False stores the bytes as they are.
 
     Returns:
@@ -50,7 +55,7 @@ def encode(
     data = _bytes(plain)
     if len(data) > MAX_CHUNK_BYTES:
         raise ValueError(f"a chunk has at most {MAX_CHUNK_BYTES} bytes, not {len(data)}")
-    check = xxhash.xxh3_64_intdigest(data.data)
+    check = _check(data, digest)
     if not compress or not len(data):
         return _raw(data, check)
     if dtype == "bfloat16" and master is not None and (derived := _derived(data, _bytes(master), check)) is not None:
@@ -73,10 +78,10 @@ def encode(
     return best
 
 
-def derive(plain: Buffer, master: Buffer) -> Encoded | None:
+def derive(plain: Buffer, master: Buffer, *, digest: str | None = None) -> Encoded | None:
     """The frame of a bf16 chunk that is its fp32 ``master`` rounded, bit for bit; None if it isn't."""
     data = _bytes(plain)
-    return _derived(data, _bytes(master), xxhash.xxh3_64_intdigest(data.data))
+    return _derived(data, _bytes(master), _check(data, digest))
 
 
 def rounded(master: Buffer) -> bytes:
@@ -126,6 +131,13 @@ def decode(
 
 def _bytes(buffer: Buffer) -> Bytes:
     return np.frombuffer(buffer, np.uint8)
+
+
+def _check(data: Bytes, digest: str | None) -> int:
+    """xxh3_64 of the bytes; ``digest`` is their xxh3_128."""
+    if digest is not None and len(data) >= _HALF_BYTES:
+        return int(digest[-16:], 16)
+    return xxhash.xxh3_64_intdigest(data.data)
 
 
 def _raw(data: Bytes, check: int) -> Encoded:

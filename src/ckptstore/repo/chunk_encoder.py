@@ -124,21 +124,21 @@ class ChunkEncoder:
         dtype = shard.tensors[piece.fqn].dtype
         row = piece.shape[-1] if piece.shape else 0
         if not self._compress:
-            return codec.encode(plain, dtype=dtype, compress=False), None, None
+            return codec.encode(plain, dtype=dtype, digest=job.chunk.digest, compress=False), None, None
         if job.master is not None:
             master = self._read(job.master, "base")
-            derived = codec.derive(plain, master)
+            derived = codec.derive(plain, master, digest=job.chunk.digest)
             if derived is not None:
                 return derived, None, master
         base = self._known.base_for(shard, piece, job.chunk)
         base_plain = _BUFFERS.take("base", job.chunk.size_bytes)
         if base is not None and base.plain.read_into(base_plain):
-            encoded = codec.encode(plain, dtype=dtype, base=base_plain, row=row)
+            encoded = codec.encode(plain, dtype=dtype, base=base_plain, row=row, digest=job.chunk.digest)
             if encoded.codec != "delta":
                 return encoded, None, None
             if len(encoded.frame) <= base.limit_bytes:
                 return encoded, base, base_plain
-        return codec.encode(plain, dtype=dtype, row=row), None, None
+        return codec.encode(plain, dtype=dtype, row=row, digest=job.chunk.digest), None, None
 
     def _read(self, chunk: Chunk, slot: str) -> memoryview:
         """The chunk's plain bytes as its digest says, in this thread's buffer, or IntegrityError."""

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+import xxhash
 from chunks import KINDS, OPAQUE, WIDTHS, chunk, stepped, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,7 +44,8 @@ def test_bytes_come_back_when_encoded_in_any_way(
     encoded = encode(plain, dtype=dtype, base=old, row=row, compress=compress)
     assert bytes(decode(encoded.frame, size_bytes=len(plain), base=old)) == plain
     assert len(encoded.frame) <= len(plain) + 32
-    assert encode(plain, dtype=dtype, base=old, row=row, compress=compress) == encoded
+    known = xxhash.xxh3_128_hexdigest(plain)
+    assert encode(plain, dtype=dtype, base=old, row=row, digest=known, compress=compress) == encoded
 
 
 @settings(max_examples=150, deadline=None)
@@ -219,6 +221,7 @@ def test_derive_takes_only_what_rounds_to_the_bit() -> None:
     assert encoded is not None
     assert encoded.codec == "derived"
     assert decode(encoded.frame, size_bytes=len(plain), base=master.tobytes()) == plain
+    assert derive(plain, master.tobytes(), digest=xxhash.xxh3_128_hexdigest(plain)) == encoded
     odd = bytearray(plain)
     odd[-1] ^= 1
     assert derive(bytes(odd), master.tobytes()) is None
