@@ -34,6 +34,8 @@ CREDENTIAL_PREFIXES = (
 KEPT_HANDLES = 256
 #: How often a waiting store looks whether its agent is still there.
 FOLLOW_SECONDS = 1.0
+#: How often it says what it waits for.
+TELL_SECONDS = 30.0
 
 
 @dataclass
@@ -172,31 +174,32 @@ class AgentLink:
             self._client = None
 
     def wait(self, level: str, timeout_s: float | None) -> None:
-        """Local. Wait until every followed save has ``level``.
+        """Local. Wait until every followed save has ``level``; a long wait is logged, with what the agent says of it.
 
         Raises:
             SaveFailedError: one of them failed, each once.
-            SaveTimeoutError: not there in ``timeout_s`` seconds.
-        """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        failure: SaveFailedError | None = None
-        for handle in list(self.handles.values()):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                self.follow(handle, level, left)
-            except SaveFailedError as error:
-                failure = failure or error
-                self.handles.pop(handle.save_id, None)
-        if failure is not None:
-            raise failure
-
-    def follow(self, handle: SaveHandle, level: str, timeout_s: float | None) -> CheckpointInfo:
-        """Local. Wait for a level; if the agent is lost meanwhile, attach to a new one, which finishes its uploads.
-
-        Raises:
-            SaveFailedError, SaveTimeoutError: as ``SaveHandle.wait``.
+            SaveTimeoutError: not there in ``timeout_s`` seconds; says why, if the agent knows.
         """
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        failures: dict[str, SaveFailedError] = {}
+        for handle in list(self.handles.values()):
+            try:
+                self._follow(handle, level, deadline)
+            except SaveFailedError as error:
+                failures[handle.save_id] = error
+            except SaveTimeoutError as error:
+                what = f"step {handle.step} (save {handle.save_id}) did not reach '{level}' within {timeout_s or 0:g} s"
+                # Who waits in short slices, as the manager does for signals, is not kept longer by an agent that hangs.
+                why = self._because(level) if (timeout_s or 0) >= FOLLOW_SECONDS else ""
+                raise SaveTimeoutError(what + why, hint=error.hint, **error.context) from None
+        for save_id in failures:
+            self.handles.pop(save_id, None)
+        if failures:
+            raise next(iter(failures.values()))
+
+    def _follow(self, handle: SaveHandle, level: str, deadline: float) -> CheckpointInfo:
+        """Local. Wait for a level; if the agent is lost meanwhile, attach to a new one, which finishes its uploads."""
+        told = time.monotonic()
         while True:
             left = deadline - time.monotonic()
             try:
@@ -204,12 +207,27 @@ class AgentLink:
             except SaveTimeoutError:
                 if left <= 0:
                     raise
+            if time.monotonic() - told >= TELL_SECONDS:
+                told = time.monotonic()
+                why = self._because(level)
+                log.log(logging.WARNING if why else logging.INFO, "waiting for step %s: %s%s", handle.step, level, why)
             if self._client is None:
                 self.reconnect()
                 # What the lost agent committed just before its end was never told.
                 for name, save_ids in self._committed().items():
                     if handle.save_id in save_ids:
                         handle.reach("remote", name)
+
+    def _because(self, level: str) -> str:
+        """What keeps uploads from getting on, as the agent tells it; empty if it knows of nothing."""
+        if level != "remote":
+            return ""
+        try:
+            remotes = self.client.status()["runs"].get(self._run, {}).get("remotes", {})
+        except CkptError:
+            return ""
+        troubles = [f"; {name}: {said['error']['message']}" for name, said in remotes.items() if said["error"]]
+        return "".join(troubles)
 
     def _on_event(self, event: Event) -> None:
         """Runs on the client's reader thread."""

@@ -207,7 +207,7 @@ class CheckpointStore:
         except SaveTimeoutError as error:
             where = f"ckptctl push {self.local}"
             raise SaveTimeoutError(
-                f"uploads were not finished after {timeout_s:.0f} s: {error.message}",
+                f"uploads were not finished: {error.message}",
                 hint=f"the agent goes on; to finish later run `{where}`",
                 run=self.run,
             ) from None
