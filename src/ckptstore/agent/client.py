@@ -234,11 +234,12 @@ class AgentClient:
             SaveFailedError: the save was dropped meanwhile; the generation is free.
             TransientError: the agent was lost; whether it got the seal is unknown.
         """
+        begun = time.monotonic()
         tree = request.tree
         is_same = tree is not None and is_same_tree(tree, self._tree)
         wire = replace(request, tree=None) if is_same else request
         self._tree = None  # unless it is known to have got there
-        self._call("seal", generation=generation, seal=wire.to_wire(), same_tree=is_same)
+        self._call("seal", generation=generation, seal=wire.to_wire(), same_tree=is_same, begun=begun)
         self._tree = tree
 
     def _bring_pages(self) -> None:

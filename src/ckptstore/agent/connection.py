@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -247,6 +248,9 @@ class Connection:
         if request.get("same_tree"):
             seal = replace(seal, tree=attachment.tree)
         attachment.tree = seal.tree
+        if "begun" in request:  # the monotonic clock is the machine's
+            taken = max(0.0, time.monotonic() - request["begun"])
+            seal = replace(seal, spans={**seal.spans, "hand_over": taken})
         jobs.seal(attachment, request["generation"], seal)
         return {}, []
 

@@ -375,8 +375,12 @@ class RunJobs:
             self.emit(Event("prepared", job.save_id, job.step, {"shards": shards}))
         ranks = {str(rank): dict(part.request.spans) for rank, part in job.parts.items()}
         timings.note(self._tier, self.run, job.save_id, {"ranks": ranks, **written.timing})
+        seconds = {
+            rank: {stage: value for stage, value in spans.items() if isinstance(value, float)}
+            for rank, spans in ranks.items()
+        }
         for watcher in self.watchers:
-            watcher.written(self.run, ranks, written.timing)
+            watcher.written(self.run, seconds, written.timing)
 
     def completed(self, root: RootManifest) -> None:
         """A save became complete in the local tier."""

@@ -91,7 +91,8 @@ class SealRequest:
         layout_id: of the arena the bytes were copied into.
         summary, tree, aliases: rank 0's.
         per_rank: encoded tree of this rank's own values.
-        spans: seconds this rank spent on the save, by stage; kept for `ckptctl show --timing`.
+        spans: seconds this rank spent on the save, by stage, and under ``slow_path`` why binding took long, if so; kept
+            for `ckptctl show --timing`.
     """
 
     save_id: str

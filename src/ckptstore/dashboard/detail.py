@@ -19,7 +19,7 @@ MAX_BOXES = 1500
 #: A name is cut into at most so many folders.
 MAX_FOLDERS = 32
 #: Steps of a rank's save, in the order they happen.
-RANK_STAGES = ("reserve", "plan", "copy")
+RANK_STAGES = ("reserve", "plan", "copy", "hand_over")
 NODE_STAGES = ("write", "fsync", "commit")
 
 

@@ -2,7 +2,7 @@
 
 One small JSON file per save, not fsynced, written by the agent and read by ``ckptctl show --timing``::
 
-    {"ranks": {"0": {"reserve": s, "plan": s, "copy": s}}, "write": s, "commit": s, "upload s3": s}
+    {"ranks": {"0": {"reserve": s, "plan": s, "copy": s, "hand_over": s}}, "write": s, "commit": s, "upload s3": s}
 """
 
 from __future__ import annotations

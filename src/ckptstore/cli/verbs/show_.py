@@ -90,6 +90,8 @@ _STAGES = {
     "reserve": "wait for a free arena generation",
     "plan": "bind the state and agree with the other ranks",
     "copy": "copy into the arena",
+    "hand_over": "hand the copy over to the agent",
+    "slow_path": "some state had to be asked for",
     "write": "write and fsync the shard files",
     "fsync": "of this, fsync",
     "commit": "manifests, fsync, rename",
