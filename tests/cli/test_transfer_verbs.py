@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -42,6 +43,11 @@ def test_only_some_tensors_are_restored_and_load_when_asked_for(made: Path, tmp_
     store.load(state)
     assert state["model"]["w"][0, 0] == 100
     assert ckptctl("-s", tmp_path / "w", "verify", "--read-data").code == 0
+    again = ckptctl("restore", bucket(made), "--to", tmp_path / "w", "--only", "model.*", "--step", "100")
+    assert again.code == 0, "a container that starts anew repeats itself"
+    assert "there already" in again.err
+    for other in (["--only", "model.w", "--step", "100"], ["--only", "model.*"]):
+        assert ckptctl("restore", bucket(made), "--to", tmp_path / "w", *other).code == 14
     both = CheckpointStore(tmp_path / "w", bucket(made), run="bert").checkpoints()
     assert both[-1].step == 200, "a part never outranks the whole"
 
@@ -60,6 +66,26 @@ def test_parts_make_a_whole_when_every_node_restores_its_own(made: Path, tmp_pat
     assert ckptctl("restore", bucket(made), "--to", tmp_path / "x", "--part", "0/2").code == 0
     assert CheckpointStore(tmp_path / "x", run="bert").latest() is not None
     assert ckptctl("restore", bucket(made), "--to", tmp_path / "x", "--part", "2/2").code == 2
+
+
+def test_a_terminal_shows_the_rate_and_the_time_left(made: Path, tmp_path: Path) -> None:
+    code = (
+        "import io, sys\n"
+        "class Screen(io.StringIO):\n"
+        "    isatty = lambda self: True\n"
+        "sys.stderr = screen = Screen()\n"
+        "from ckptstore.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    print(ascii(screen.getvalue()))\n"
+    )
+    drawn = run_python("-c", code, "restore", bucket(made), "--to", tmp_path / "x", TERM="xterm").out
+    assert "restoring" in drawn
+    assert re.search(r"[0-9.]+ MB/s", drawn), "the rate"
+    assert re.search(r"[0-9]:[0-9]{2}:[0-9]{2}", drawn), "the time left"
+    piped = ckptctl("restore", bucket(made), "--to", tmp_path / "y")
+    assert "restoring" not in piped.err
 
 
 def test_pull_brings_what_the_local_store_lacks(made: Path, tmp_path: Path) -> None:
@@ -131,7 +157,7 @@ def test_pickles_are_not_read_unless_trusted(made: Path, tmp_path: Path) -> None
     result = ckptctl("-s", tmp_path / "s", "import", tmp_path / "m.pt", "--step", "1", "--json")
     assert result.code == 2
     assert "--trust-pickle" in result.error["hint"]
-    assert ckptctl("-s", tmp_path / "s", "import", tmp_path / "absent", "--step", "1").code == 13
+    assert ckptctl("-s", tmp_path / "s", "import", tmp_path / "absent", "--step", "1").code == 2
     assert ckptctl("-s", bucket(made), "import", tmp_path / "m.pt", "--step", "1", "--trust-pickle").code == 2
 
 

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from dcp_jobs import fail_then_go_on, late_once, lose_a_peer, mismatched_target, prepare_all, replan, words
+from dcp_jobs import (
+    damage_for_one_rank,
+    fail_then_go_on,
+    late_once,
+    lose_a_peer,
+    mismatched_target,
+    prepare_all,
+    replan,
+    words,
+)
 from ranks import DEAD, run_ranks
 
 from ckptstore.errors import SaveFailedError, StateError
@@ -103,3 +112,11 @@ def test_no_rank_is_touched_when_the_target_of_one_does_not_fit(tmp_path: Path) 
         assert "b" in message
         assert "rank 1" in message
         assert untouched
+
+
+def test_every_rank_is_told_what_it_has_changed_when_damage_is_found_by_another(tmp_path: Path) -> None:
+    for (message, changed), expected in zip(
+        run_ranks(2, damage_for_one_rank, tmp_path), [["a", "b"], ["b"]], strict=True
+    ):
+        assert "rank 1: b is damaged" in message
+        assert changed == expected

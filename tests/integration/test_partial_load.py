@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from torch import nn
 from ckptstore import CheckpointStore
 from ckptstore.blob import open_blob_store
 from ckptstore.dcp.loader import load_into
+from ckptstore.dcp.reading import read_state
 from ckptstore.errors import IntegrityError, LoadMismatchError
+from ckptstore.ops.open import RunTiers
+from ckptstore.ops.transfer import restore
 from ckptstore.repo.catalog import Catalog
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.repo.remote import RemoteTier
@@ -86,6 +90,13 @@ def test_only_the_models_bytes_are_fetched_when_only_it_is_wanted(watched: Watch
         assert torch.equal(value, before[name])
 
 
+def test_one_glob_need_not_be_put_in_a_list(watched: Watched) -> None:
+    model, optimizer = trained(seed=1)
+    watched.load({"model": model, "optimizer": optimizer}, only="model.*")
+    assert watched.fetched_bytes == watched.stored_bytes("model."), "its letters are no globs, though one is *"
+    assert list(read_state(watched.reader, only="model.*")) == ["model"]
+
+
 def test_a_target_without_optimizer_costs_only_the_models_bytes(watched: Watched) -> None:
     watched.load({"model": trained(seed=1)[0]})
     assert 0 < watched.fetched_bytes <= 1.05 * watched.stored_bytes("model.")
@@ -94,6 +105,13 @@ def test_a_target_without_optimizer_costs_only_the_models_bytes(watched: Watched
 def test_one_parameter_costs_its_own_bytes(watched: Watched) -> None:
     watched.load({"model": trained(seed=1)[0]}, only=["model.2.bias"])
     assert watched.fetched_bytes == watched.stored_bytes("model.2.bias")
+
+
+def test_a_restore_of_a_part_fetches_only_that(watched: Watched, tmp_path: Path) -> None:
+    before = watched.fetched_bytes
+    restored = restore(RunTiers("default", None, (watched.remote,)), "latest", tmp_path / "w", only=["model.*"])
+    assert watched.fetched_bytes - before == watched.stored_bytes("model.")
+    assert restored.info.size_bytes == sum(p.numel() * 4 for p in trained()[0].parameters())
 
 
 def test_read_fetches_only_what_the_globs_let_through(watched: Watched) -> None:

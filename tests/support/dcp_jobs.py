@@ -22,6 +22,7 @@ from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.loader import load_into
 from ckptstore.dcp.markers import per_rank
 from ckptstore.dcp.prepare import Prepared, Preparer
+from ckptstore.errors import IntegrityError
 
 
 class Net(nn.Module):
@@ -355,3 +356,21 @@ def mismatched_target(rank: int, folder: Path) -> tuple[str, bool]:
     except KeyError as error:
         return str(error), all(bool((t == 0).all()) for t in target.values())
     return "loaded", False
+
+
+def damage_for_one_rank(rank: int, folder: Path) -> tuple[str, list[str]]:
+    """Each rank wants one tensor; that of rank 1 is damaged."""
+    save_to = {"a": torch.ones(4), "b": torch.ones(2)}
+    agreement = Agreement(deadline_s=10)
+    prepared = Preparer(agreement).prepare(save_to, step=1, counter=1)
+    manifest, image = shard_of(prepared, rank=rank, world_size=2)
+    for piece in manifest.pieces:
+        if piece.fqn == "b":
+            image = image[: piece.start] + b"?" + image[piece.start + 1 :]
+    MemoryCheckpoint.leave(folder, manifest, image)
+    dist.barrier()
+    try:
+        load_into({"ab"[rank]: torch.zeros(4 - 2 * rank)}, MemoryCheckpoint.open(folder), agreement=agreement)
+    except IntegrityError as error:
+        return str(error), error.context["changed"]
+    return "loaded", []

@@ -81,19 +81,19 @@ def load_into(
     assert matcher is not None
     assert filler is not None
 
+    changed = filler.touched
     try:
         filler.run(threads or _default_threads())
     except CkptError as failed:
         error = failed
-        error.context["changed"] = sorted(filler.touched)
-    ranks.together(error, what="loading")
+    _together(ranks, error, changed, what="loading")
     try:
         for key, action in matched.actions:
+            changed.add(key)
             _act(key, action)
     except CkptError as failed:
         error = failed
-        error.context["changed"] = sorted(filler.touched)
-    ranks.together(error, what="handing back the state")
+    _together(ranks, error, changed, what="handing back the state")
     return LoadReport(
         missing=tuple(matched.missing),
         unexpected=tuple(matched.unexpected),
@@ -115,6 +115,17 @@ def fill(slots: list[Slot], source: ChunkSource, *, threads: int = 4) -> dict[st
 
 def _default_threads() -> int:
     return max(4, min(8, os.cpu_count() or 4))
+
+
+def _together(ranks: Agreement, error: CkptError | None, changed: set[str], *, what: str) -> None:
+    """Collective. As ``ranks.together``; the error names what was changed on the rank that failed, and on this one."""
+    if error is not None:
+        error.context["changed"] = sorted(changed)
+    try:
+        ranks.together(error, what=what)
+    except CkptError as failed:
+        failed.context["changed"] = sorted(changed.union(failed.context.get("changed", ())))
+        raise
 
 
 def _act(key: str, action: Any) -> None:

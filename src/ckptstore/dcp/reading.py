@@ -42,7 +42,7 @@ def read_state(
         IntegrityError: bytes are damaged and no good copy is left.
         FormatError: the checkpoint holds a type this process doesn't know.
     """
-    globs = tuple(only)
+    globs = (only,) if isinstance(only, str) else tuple(only)
     tensors: dict[str, torch.Tensor] = {}
     slots: list[Slot] = []
     memory = NewMemory(source, allocate)

@@ -85,7 +85,7 @@ class Matcher:
         self.walk = Walk(rank, state, {})
         self.found = Matched()
         self._state = state
-        self._only = tuple(only)
+        self._only = (only,) if isinstance(only, str) else tuple(only)
         self._matched_any = False
         self._new: dict[str, torch.Tensor] = {}
         self._memory = NewMemory(source, lambda shape, dtype: torch.empty(shape, dtype=dtype))

@@ -105,13 +105,18 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """What was written.
+
+    Attributes:
+        leaves_out: the ranks have values of their own, which were not written.
+    """
 
     path: Path
     files: tuple[Path, ...]
     num_tensors: int
     size_bytes: int
     record: Record
+    leaves_out: bool
 
 
 def export_safetensors(
@@ -156,7 +161,7 @@ def export_safetensors(
                 index = json.dumps({"metadata": totals, "weight_map": weight_map}, indent=2).encode()
                 durable.write_new(scratch / "model.safetensors.index.json", index)
         meter.add(stage="done")
-    return _result(path, record, chosen)
+    return _result(path, record, reader, chosen)
 
 
 def export_dcp(
@@ -189,7 +194,7 @@ def export_dcp(
                 fill(fd, reader, [Region(c.source, piece.start, c.dtype) for c, piece in places], meter)
             durable.write_new(scratch / names.STOCK_METADATA, stock.metadata(root_of([shard]), [shard]))
         meter.add(stage="done")
-    return _result(path, record, chosen)
+    return _result(path, record, reader, chosen)
 
 
 def _stock_shard(
@@ -307,9 +312,10 @@ def _new_file(path: Path, size_bytes: int) -> Iterator[int]:
         os.close(fd)
 
 
-def _result(path: Path, record: Record, chosen: Sequence[Chosen]) -> Exported:
+def _result(path: Path, record: Record, reader: CheckpointReader, chosen: Sequence[Chosen]) -> Exported:
     files = tuple(sorted(path.iterdir())) if path.is_dir() else (path,)
-    return Exported(path, files, len(chosen), sum(c.size_bytes for c in chosen), record)
+    leaves_out = any(shard.per_rank is not None for shard in reader.shards.values())
+    return Exported(path, files, len(chosen), sum(c.size_bytes for c in chosen), record, leaves_out)
 
 
 #: Writes (reader, path, [(name, stored tensor, dtype)] or None for the whole state).
@@ -333,4 +339,4 @@ def export_with(
             whole = None if selection.is_everything else [(c.name, c.source, c.dtype) for c in chosen]
             write(reader, scratch, whole)
         meter.add(plain=meter.plain_total, stage="done")
-    return _result(path, record, chosen)
+    return _result(path, record, reader, chosen)

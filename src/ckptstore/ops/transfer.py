@@ -138,17 +138,16 @@ def _restore_some(
     tiers: RunTiers, record: Record, target: LocalTier, only: Sequence[str], progress: ProgressCallback | None
 ) -> Restored:
     """A checkpoint of some tensors, in the line and at the step of the whole one, numbered before it."""
-    if target.saves(tiers.run):
-        raise CheckpointExistsError(
-            f"{target.root} holds checkpoints of run {tiers.run!r}", hint="restore a part into a new folder"
-        )
     with CheckpointReader(record, None, tiers.remotes) as reader:
         chosen = Selection(only=tuple(only)).choose(reader)
         stored = list({one.source: one for one in reversed(chosen)}.values())[::-1]
         first = {one.source: one.name for one in stored}
         aliases = {one.name: first[one.source] for one in chosen if one.name != first[one.source]}
         nonce, _ = names.split_save_id(record.save_id)
-        update = {"save_id": f"{nonce}-0", "world_size": 1, "num_nodes": 1, "tags": (*record.summary.tags, "partial")}
+        save_id = f"{nonce}-0"
+        if target.saves(tiers.run):
+            return _some_there(target, tiers.run, record.step, save_id, {one.name for one in chosen})
+        update = {"save_id": save_id, "world_size": 1, "num_nodes": 1, "tags": (*record.summary.tags, "partial")}
         meter = Meter(sum(one.size_bytes for one in stored), progress)
 
         def payloads(fd: int, shard: ShardManifest) -> list[tuple[str, ...]]:
@@ -168,6 +167,18 @@ def _restore_some(
     if written.local is None:
         raise AssertionError("committed to a local tier that does not have it")
     return Restored(written.info(), written.local.path, False)
+
+
+def _some_there(target: LocalTier, run: str, step: int, save_id: str, wanted: set[str]) -> Restored:
+    """What an earlier call has left, if it was asked for the same tensors of the same checkpoint."""
+    for record in Catalog.read(target, (), run).records:
+        if (record.step, record.save_id) == (step, save_id) and record.local is not None:
+            shard = target.shard_manifest(record.local.path, 0)
+            if wanted == {*shard.tensors, *shard.aliases}:
+                return Restored(record.info(), record.local.path, True)
+    raise CheckpointExistsError(
+        f"{target.root} holds checkpoints of run {run!r}", hint="restore a part into a new folder"
+    )
 
 
 def pull_checkpoints(

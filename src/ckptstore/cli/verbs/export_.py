@@ -56,7 +56,7 @@ def command(
 
     \b
     Examples:
-      ckptctl -s /data export best --format safetensors -o w.st --only 'model.*'
+      ckptctl -s /data export best --format safetensors -o hf --only 'model.*'
       ckptctl -s s3://bucket/prefix export 1200 --format dcp -o /data/stock
       ckptctl -s /data export latest --format torch -o state.pt --dtype bfloat16
     """
@@ -82,7 +82,7 @@ def command(
         )
         return
     print(f"step {summary.step}: {counted(done.num_tensors, 'tensor')}, {human_bytes(done.size_bytes)}, in {done.path}")
-    if selection.is_everything:
+    if selection.is_everything and done.leaves_out:
         note("values that each rank keeps for itself are not in it; `ckptctl restore` brings those")
 
 

@@ -24,6 +24,8 @@ from ckptstore.ops.words import human_bytes
 def command(settings: Settings, folder: Path, step: str, part: str | None, only: tuple[str, ...]) -> None:
     """Rebuild a local tier from a remote, on a fresh node. Verifies every byte; goes on where it was stopped.
 
+    What is there already is left as it is. A part (--only) that was stopped begins anew.
+
     \b
     Examples:
       ckptctl restore s3://bucket/prefix --to /data/ckpt
