@@ -172,6 +172,10 @@ class Binder:
         locals_ = known.describe(walk, all_plain=all_plain)
         others = [each for each in self._known if each is not known]
         self._known = [*others[1 - STRUCTURES_KEPT :], known]
+        if known.fragments != walk.fragments.keys():
+            known.fragments = frozenset(walk.fragments)
+            used = frozenset[str]().union(*(each.fragments for each in self._known))
+            self._fragments = {key: kept for key, kept in self._fragments.items() if key in used}
         return walk, encoded, own, known, locals_
 
     def _known_by(self, names: list[str]) -> _Known:
@@ -188,6 +192,7 @@ class _Known:
     Attributes:
         names: of all its tensors, in the order of the walk.
         described: all its tensors.
+        fragments: keys of those it has.
         kept: those that aren't tied to an earlier one.
         aliases, fingerprint: see :class:`Binding`.
         views: by index in ``kept``.
@@ -196,6 +201,7 @@ class _Known:
     def __init__(self, described: tuple[BoundTensor, ...]) -> None:
         self.names: list[str] = []
         self.described = described
+        self.fragments: frozenset[str] = frozenset()
         self.kept: tuple[BoundTensor, ...] = ()
         self.aliases: dict[str, str] = {}
         self.fingerprint = b""

@@ -60,11 +60,13 @@ def parameter_names(optimizer: Optimizer, owners: Mapping[int, Owner]) -> dict[i
     fqns = [owner.fqn for _, owner, _, _ in found if owner is not None]
     ambiguous = len(set(fqns)) != len(fqns)
     names: dict[int, str] = {}
+    taken: set[str] = set()
     for parameter, owner, group_index, index in found:
-        if owner is None:
-            names[id(parameter)] = f"param_groups.{group_index}.params.{index}"
-        else:
-            names[id(parameter)] = owner.full if ambiguous else owner.fqn
+        name = "" if owner is None else owner.full if ambiguous else owner.fqn
+        if owner is None or name in taken:  # modules at "a.b" and at "a", "b" are called the same
+            name = f"param_groups.{group_index}.params.{index}"
+        names[id(parameter)] = name
+        taken.add(name)
     return names
 
 

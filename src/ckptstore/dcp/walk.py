@@ -30,8 +30,10 @@ Path = tuple[Any, ...]
 #: dotted path -> (keys, encoded node)
 Fragments = dict[str, tuple[object, Json]]
 
-#: Plain dicts of at least this many tensors are worth a fragment.
+#: Plain dicts of at least this many tensors are worth a fragment, if their keys are of these types, whose values are
+#: equal only where they are the same.
 _FRAGMENT_MIN = 8
+_FRAGMENT_KEYS = frozenset({str, int})
 #: Arrays above this are stored as tensors are.
 _LARGE_ARRAY_BYTES = 64 * 1024
 
@@ -74,6 +76,7 @@ class Walk:
         if not self._own:
             return None
         self._suffix = f"@rank{self._rank}"
+        self._taken = {name.removesuffix(self._suffix) for name in self._taken if name.endswith(self._suffix)}
         try:
             return tree.encode(self._own, self._leaf)
         finally:
@@ -166,9 +169,9 @@ class Walk:
         name = ".".join([prefix, *map(str, keys)]) if path else ".".join(map(str, keys))
         if name in self._taken or not name.isascii():
             name = name_of_path((*path, *keys), self._taken)
+        self._taken.add(name)
         if self._suffix:
             name, kind = name + self._suffix, "per_rank"
-        self._taken.add(name)
         self.names.append(name)
         self.tensors.append(value)
         self.kinds.append(kind)
@@ -181,7 +184,7 @@ class Walk:
         if kind is dict and type(next(iter(value.values()))) is dict:
             return self._dicts(path, value, "plain")
         for key, item in value.items():
-            if type(key) is not str or not self._is_named_only(item):
+            if type(key) not in _FRAGMENT_KEYS or not self._is_named_only(item):
                 return value
         prefix = ".".join(map(str, path))
         names = [self._add(prefix, path, (key,), item, "plain") for key, item in value.items()]
@@ -246,12 +249,15 @@ class Walk:
         return {"state": self._dicts((*path, "state"), state, "optim"), "param_groups": groups}
 
     def _dicts(self, path: Path, state: dict[Any, Any], kind: Kind) -> object:
-        """Dicts of nothing but tensors in a dict, as optimizers keep them, are one fragment."""
+        """Dicts of nothing but tensors in a dict, as optimizers keep them, are one fragment.
+
+        An empty one is not: no name of a tensor would tell ranks apart that have it from those that don't.
+        """
         for fqn, entry in state.items():
-            if type(entry) is not dict or type(fqn) is not str:
+            if type(entry) is not dict or not entry or type(fqn) not in _FRAGMENT_KEYS:
                 return state
             for key, item in entry.items():
-                if type(key) is not str or not self._is_named_only(item):
+                if type(key) not in _FRAGMENT_KEYS or not self._is_named_only(item):
                     return state
         prefix = ".".join(map(str, path))
         names = [
@@ -278,6 +284,8 @@ class Walk:
     def _fragment(self, path: Path, looks: object, make: Callable[[], Any]) -> object:
         """The encoded value of ``make()``, which ``looks`` determines."""
         key = ".".join(map(str, path)) + self._suffix
+        if key in self._used:
+            key = name_of_path(path, self._used) + self._suffix
         kept = self._fragments.get(key)
         if kept is None or kept[0] != looks:
             kept = self._fragments[key] = (looks, tree.encode(make(), _verbatim)["tree"])
