@@ -53,4 +53,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'ckptstore' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise errors.ConfigError(f"{name} needs PyTorch", hint="pip install 'ckptstore[torch]'") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -16,12 +17,13 @@ def eager(function: F) -> F:
     """``function``, left alone by ``torch.compile`` with all it calls, and refused while a CUDA graph is captured.
 
     Raises:
-        ConfigError: from the result, during a capture; nothing has been done then.
+        ConfigError: from the result, during a capture or without torch; nothing has been done then.
     """
     name = function.__name__
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        need_torch(name)
         _refuse_capture(name)
         dynamo = sys.modules.get("torch._dynamo")
         if dynamo is None or not hasattr(dynamo, "disable"):  # nothing is compiled in this process so far
@@ -32,6 +34,16 @@ def eager(function: F) -> F:
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     call._torchdynamo_disable_recursive = True  # type: ignore[attr-defined]
     return cast(F, call)
+
+
+def need_torch(name: str) -> None:
+    """Refuse a call that works on torch's objects where there is no torch; looking at checkpoints needs none.
+
+    Raises:
+        ConfigError: torch is not installed.
+    """
+    if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
+        raise ConfigError(f"{name}() needs PyTorch", hint="pip install 'ckptstore[torch]'")
 
 
 def _refuse_capture(name: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,13 +24,12 @@ from ckptstore.errors import (
     TransientError,
 )
 from ckptstore.format.manifest import Parent, check_run_name
+from ckptstore.ops.open import RunTiers
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.remote import RemoteTier
-from ckptstore.store.eager import eager
+from ckptstore.store.eager import eager, need_torch
 from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
-from ckptstore.store.loading import Tiers, choose, roll_forward
-from ckptstore.store.loading import load as load_save
 from ckptstore.store.remotes import RemoteArgument, check_level, name_remotes
 from ckptstore.store.tally import LoadTally
 from ckptstore.store.timeline import TimelineKeeper, newest_claim
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ckptstore.dcp.agreement import Agreement
     from ckptstore.repo.catalog import Catalog, Record
     from ckptstore.repo.reader import CheckpointReader
+    from ckptstore.store.loading import Tiers
     from ckptstore.store.session import Session
 
 log = logging.getLogger("ckptstore")
@@ -87,6 +88,8 @@ class CheckpointStore:
                 f"remote_quorum={self.config.remote_quorum} but the store has {len(self.remotes)} remotes",
                 hint="lower StoreConfig.remote_quorum or add remotes",
             )
+        if "torch" in sys.modules:
+            import ckptstore.store.loading  # noqa: F401  # whoever trains pays for this now, not in the first save
         self._group = process_group
         self._pid = os.getpid()
         self._lock = threading.RLock()
@@ -94,7 +97,7 @@ class CheckpointStore:
         self._session: Session | None = None
         self._torn: str | None = None  # the save that was loaded, if its local copy has lost files
         self._agreement: Agreement | None = None
-        self._tiers: Tiers | None = None
+        self._tiers: RunTiers | None = None
         self._closed = False
         self._tally = LoadTally(self.run)
         self._fence = Fence()
@@ -270,11 +273,13 @@ class CheckpointStore:
         with self._lock:
             self._check_open()
             self._fence.wait()
+            from ckptstore.store import loading
+
             agreement = self._open_agreement()
-            tiers = self._open_tiers()
+            tiers = self._sources()
             with self._settled(agreement) as agent:
-                roll_forward(tiers, agreement)
-                loaded = load_save(
+                loading.roll_forward(tiers, agreement)
+                loaded = loading.load(
                     tiers,
                     agreement,
                     state,
@@ -307,8 +312,9 @@ class CheckpointStore:
             CheckpointNotFoundError, IntegrityError: as for ``load``.
         """
         from ckptstore.dcp.reading import read_state
+        from ckptstore.store.loading import choose
 
-        _, reader, _ = choose(self._open_tiers(), step)
+        _, reader, _ = choose(self._sources(), step)
         with reader:
             return read_state(reader, only=only)
 
@@ -322,11 +328,13 @@ class CheckpointStore:
         Raises (in the load, as causes of DCP's own error):
             CheckpointNotFoundError, IntegrityError: as for :meth:`load`.
         """
+        need_torch("reader")
         from ckptstore.dcp.storage_reader import CheckpointStorageReader
+        from ckptstore.store.loading import choose
 
         def opened(save_id: str | None) -> CheckpointReader:
             self._check_open()
-            return choose(self._open_tiers(), step if save_id is None else save_id)[1]
+            return choose(self._sources(), step if save_id is None else save_id)[1]
 
         return CheckpointStorageReader(opened)
 
@@ -348,6 +356,7 @@ class CheckpointStore:
             step, epoch, metrics, tags: as for :meth:`save`.
             wait: "staged", "local" or "remote".
         """
+        need_torch("writer")
         from ckptstore.dcp.storage_writer import CheckpointStorageWriter
 
         check_level(wait, self.remotes)
@@ -362,7 +371,7 @@ class CheckpointStore:
     def checkpoints(self, *, include_superseded: bool = False) -> list[CheckpointInfo]:
         """The checkpoints of this run, oldest first. Local; needs no torch. An absent store or run is []."""
         try:
-            catalog = self._open_tiers().catalog()
+            catalog = self.catalog()
         except NoStoreError as error:
             if "bucket" in error.context:
                 raise
@@ -385,7 +394,7 @@ class CheckpointStore:
         Raises:
             ConfigError: no or several metrics end in "loss" and none was named.
         """
-        catalog = self._open_tiers().catalog()
+        catalog = self.catalog()
         record = catalog.best(monitor or catalog.only_loss(), mode or "min") if catalog.line() else None
         return record.info() if record else None
 
@@ -404,7 +413,7 @@ class CheckpointStore:
             CheckpointNotFoundError: there is none.
             ConfigError: it is pinned.
         """
-        record = self._open_tiers().catalog().resolve(step)
+        record = self.catalog().resolve(step)
         if record.pinned:
             raise ConfigError(f"step {record.summary.step} is pinned", hint="unpin it first")
         self._each_tier(record.summary.save_id, "delete")
@@ -425,21 +434,25 @@ class CheckpointStore:
         return session is not None and session.rank == session.link.topology.local_ranks[0]
 
     def catalog(self) -> Catalog:
-        """Every save of the run in all tiers, damaged and superseded ones included. Local.
+        """Every save of the run in all tiers, damaged and superseded ones included. Local; needs no torch.
+
+        A remote that can't be reached now is passed over if another tier has something.
 
         Raises:
             StorageError: a tier can't be listed.
         """
-        return self._open_tiers().catalog()
+        return self._open_tiers().catalog(tolerate_unreachable=True)
 
     def settle(self) -> None:
         """Let what earlier trainers staged reach the disk, and complete what is durable in parts. Collective."""
         with self._lock:
             self._check_open()
             self._fence.wait()
+            from ckptstore.store.loading import roll_forward
+
             agreement = self._open_agreement()
             with self._settled(agreement):
-                roll_forward(self._open_tiers(), agreement)
+                roll_forward(self._sources(), agreement)
 
     def start_over(self) -> None:
         """The next save starts a timeline that continues from nothing; older saves stay until it has its own N."""
@@ -456,7 +469,7 @@ class CheckpointStore:
 
     def _each_tier(self, step: StepLike, action: str) -> None:
         tiers = self._open_tiers()
-        record: Record = tiers.catalog().resolve(step)
+        record: Record = self.catalog().resolve(step)
         save_id = record.summary.save_id
         if tiers.local is not None and record.local is not None:
             getattr(tiers.local, action)(self.run, save_id)
@@ -470,7 +483,7 @@ class CheckpointStore:
         if os.getpid() != self._pid:
             raise ConfigError("this process was forked from the one that opened the store", hint="open it here")
 
-    def _open_tiers(self) -> Tiers:
+    def _open_tiers(self) -> RunTiers:
         with self._tiers_lock:  # a lock of its own: looking never waits for a save that waits
             if self._tiers is None:
                 from ckptstore.blob import between_processes, open_blob_store
@@ -479,8 +492,15 @@ class CheckpointStore:
                     RemoteTier(open_blob_store(between_processes(url)), self.run, name)
                     for name, url in self.remotes.items()
                 )
-                self._tiers = Tiers(self.run, LocalTier(self.local) if self.local else None, remotes)
+                self._tiers = RunTiers(self.run, LocalTier(self.local) if self.local else None, remotes)
             return self._tiers
+
+    def _sources(self) -> Tiers:
+        """The tiers, as a load takes them."""
+        from ckptstore.store.loading import Tiers
+
+        tiers = self._open_tiers()
+        return Tiers(tiers.run, tiers.local, tiers.remotes)
 
     def _open_agreement(self) -> Agreement:
         if self._session is not None:
@@ -522,7 +542,7 @@ class CheckpointStore:
 
         tiers = self._open_tiers()
         try:
-            return tiers.catalog()
+            return self.catalog()
         except StorageError as error:
             log.warning("a remote can't be listed, the save goes by the local tier alone: %s", error)
             unreachable = {remote.name: TransientError(str(error)) for remote in tiers.remotes}
