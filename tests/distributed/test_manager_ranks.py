@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manager_jobs import bereaved, drifting, overhead, raising, resized, signalled, struck, timed, told_apart, train
+from manager_jobs import (
+    bereaved,
+    drifting,
+    fall_back,
+    overhead,
+    raising,
+    resized,
+    signalled,
+    struck,
+    timed,
+    told_apart,
+    train,
+)
 from ranks import DEAD, run_ranks
 
 
@@ -15,6 +27,10 @@ def test_twice_n_steps_equal_n_and_a_restore_and_n_on_two_ranks(tmp_path: Path) 
     resumed = run_ranks(2, train, tmp_path / "b", 18, (9,), 5, True)
     assert resumed == straight
     assert straight[0]["rng"] != straight[1]["rng"]
+
+
+def test_all_ranks_go_to_the_next_older_when_one_finds_damage_while_loading(tmp_path: Path) -> None:
+    assert run_ranks(2, fall_back, tmp_path) == [(1, True), (1, True)]
 
 
 def test_all_ranks_save_the_same_step_when_one_gets_the_signal(tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from training import Training, manager
 
 from ckptstore import CheckpointManager, Preempted
 from ckptstore.errors import ConfigError
+from ckptstore.format.manifest import ShardManifest
 from ckptstore.manager import ResumableLoader
 from ckptstore.policy import AtSteps, EverySeconds
 
@@ -193,3 +195,27 @@ def struck(rank: int, folder: Path) -> tuple[int | None, int, int, int]:
         alive = len(multiprocessing.active_children())
     util._exit_function()  # type: ignore[attr-defined]  # as at the end of a process: must not hang
     return code, m._block._parts.safety.newest() or 0, alive, done
+
+
+def fall_back(rank: int, folder: Path) -> tuple[int, bool]:
+    """The newest save is damaged where only rank 1 reads: the step resumed, and whether its values are there."""
+    model = nn.Linear(64, 6, bias=False)
+    fully_shard(model)
+    with manager(folder, save_every_steps=0).track(model=model) as m:
+        for step in (1, 2):
+            nn.init.constant_(model.weight, float(step))
+            m.save_checkpoint(global_step=step).wait("local")
+    dist.barrier()
+    if rank == 1:
+        (file,) = folder.glob("default/step-*2-*/__1_0.distcp")
+        shard = ShardManifest.decode((file.parent / "shard-00001.json").read_bytes(), what="shard")
+        data = bytearray(file.read_bytes())
+        for piece in shard.pieces:
+            data[piece.start] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
+    nn.init.zeros_(model.weight)
+    m = manager(folder).track(model=model)
+    point = m.resume()
+    m.close()
+    return point.step, bool((model.weight.full_tensor() == point.step).all())

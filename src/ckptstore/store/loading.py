@@ -67,11 +67,12 @@ def choose(tiers: Tiers, step: StepLike) -> tuple[Record, CheckpointReader, tupl
     Raises:
         CheckpointNotFoundError: there is none.
         IntegrityError, FormatError, IncompleteCheckpointError: the one asked for can't be read, or none of those there.
+        TransientError: none of those there can be read, and a remote that may have another can't be asked now.
     """
-    passed = _PassedOver(tiers.run)
-    records, left_out = _candidates(tiers, step, (), missing_ok=False)
-    passed.note_left_out(left_out)
-    for record in records:
+    found = _candidates(tiers, step, (), missing_ok=False)
+    passed = _PassedOver(tiers.run, found.unasked)
+    passed.note_left_out(found.left_out)
+    for record in found.records:
         try:
             return record, CheckpointReader(record, tiers.local, tiers.remotes), tuple(passed.reasons)
         except (IntegrityError, FormatError, IncompleteCheckpointError) as error:
@@ -150,24 +151,32 @@ class _Opened:
     passed: tuple[str, ...]
 
 
-def _candidates(
-    tiers: Tiers, step: StepLike, elsewhere: Sequence[Summary], *, missing_ok: bool
-) -> tuple[list[Record], tuple[str, ...]]:
-    """What ``step`` may mean, best first: with ``latest`` older ones follow, for when it can't be read.
+class _Candidates(NamedTuple):
+    """What a step may mean, best first.
 
-    Then, with ``latest``, what could not be among them.
+    Attributes:
+        left_out: what could not be among them, and why.
+        unasked: a remote could not be reached, for this reason.
     """
+
+    records: list[Record]
+    left_out: tuple[str, ...] = ()
+    unasked: TransientError | None = None
+
+
+def _candidates(tiers: Tiers, step: StepLike, elsewhere: Sequence[Summary], *, missing_ok: bool) -> _Candidates:
+    """What ``step`` may mean: with ``latest`` older ones follow, for when it can't be read."""
     try:
         catalog = tiers.catalog(elsewhere)
         wanted = catalog.resolve(step)
     except (CheckpointNotFoundError, NoStoreError):
         if missing_ok and step == "latest":
-            return [], ()
+            return _Candidates([])
         raise
     if step != "latest":
-        return [wanted], ()
+        return _Candidates([wanted])
     older = (r for r in reversed(catalog.line()) if r.summary.step < wanted.summary.step)
-    return [wanted, *older], catalog.left_out()
+    return _Candidates([wanted, *older], catalog.left_out(), next(iter(catalog.unreachable.values()), None))
 
 
 def _open_together(
@@ -175,18 +184,18 @@ def _open_together(
 ) -> _Opened | None:
     """Collective. Rank 0 proposes, everybody opens; what some rank can't open is passed over, or an error."""
     elsewhere = nodes.elsewhere(tiers.local, tiers.run, agreement)
-    candidates: list[Record] = []
-    left_out: tuple[str, ...] = ()
+    found = _Candidates([])
     error: CkptError | None = None
     if agreement.rank == 0:
         try:
-            candidates, left_out = _candidates(tiers, step, elsewhere, missing_ok=missing_ok)
+            found = _candidates(tiers, step, elsewhere, missing_ok=missing_ok)
         except CkptError as failure:
             error = failure
     agreement.together(error, what="choosing a checkpoint")
-    once_per_job, left_out = agreement.broadcast((once_per_job, left_out), what="choosing a checkpoint")
-    passed = _PassedOver(tiers.run)
-    passed.note_left_out(left_out, tell=agreement.rank == 0)
+    candidates = found.records
+    once_per_job, found = agreement.broadcast((once_per_job, found._replace(records=[])), what="choosing a checkpoint")
+    passed = _PassedOver(tiers.run, found.unasked)
+    passed.note_left_out(found.left_out, tell=agreement.rank == 0)
     while True:
         proposed = replace(candidates.pop(0), local=None) if candidates else None
         record = agreement.broadcast(proposed, what="choosing a checkpoint")
@@ -259,6 +268,7 @@ class _PassedOver:
     """Checkpoints that could not be used, newest first, and why."""
 
     run: str
+    unasked: TransientError | None = None
     reasons: list[str] = field(default_factory=list)
     errors: list[CkptError | None] = field(default_factory=list)
 
@@ -276,8 +286,14 @@ class _PassedOver:
         if tell:
             log.warning("passed over %s", self.reasons[-1])
 
-    def verdict(self) -> IntegrityError | IncompleteCheckpointError:
-        """What to raise when none is left."""
+    def verdict(self) -> IntegrityError | IncompleteCheckpointError | TransientError:
+        """What to raise when none is left. Nothing is called lost while somebody who may have it can't be asked."""
+        if self.unasked is not None:
+            return TransientError(
+                f"no checkpoint of run {self.run!r} within reach is whole: " + "; ".join(self.reasons),
+                hint="try again when the remote answers",
+                **{**self.unasked.context, "run": self.run},
+            )
         if all(isinstance(error, IncompleteCheckpointError) for error in self.errors):
             return IncompleteCheckpointError(
                 f"no checkpoint of run {self.run!r} is whole on the nodes of this job: " + "; ".join(self.reasons),
