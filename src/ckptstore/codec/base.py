@@ -43,4 +43,4 @@ class Encoded:
     """A frame and the name of the chain that made it."""
 
     codec: CodecName
-    frame: bytes
+    frame: Buffer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import xxhash
 
@@ -159,12 +161,28 @@ def _opaque(data: Bytes, check: int) -> Encoded:
 def _as_planes(data: Bytes, check: int, numbers: Words, old: Words | None, traits: list[measure.Trait]) -> Encoded:
     if all(t.is_dense and not t.is_even for t in traits):
         return _raw(data, check)
-    stored = _split(numbers, old, traits)
+    groups = planes.group(traits)
+    room, first = None, None
+    if traits[0].is_dense and not traits[0].is_even:
+        # It stays as it is and can go to its place at once: most bytes of a chunk are like that.
+        room = np.empty(len(data) - 1, np.uint8)  # a longer frame is not kept
+        first = room[overhead(len(groups)) :][: groups[0] * len(numbers)].view(WORD[groups[0]])
+    parts = planes.split(numbers, old, groups, first)
+    firsts = accumulate(groups[:-1], initial=0)
+    stored = [plane.store(part, traits[i], f"stored{i}") for part, i in zip(parts, firsts, strict=True)]
     tail = data[numbers.nbytes :].data
     if overhead(len(stored)) + sum(len(p.payload) for p in stored) + len(tail) >= len(data):
         return _raw(data, check)
     codec: CodecName = "planes" if old is None else "delta"
-    frame = build(codec, word_bytes=numbers.itemsize, size_bytes=len(data), check=check, planes=stored, tail=tail)
+    frame = build(
+        codec,
+        word_bytes=numbers.itemsize,
+        size_bytes=len(data),
+        check=check,
+        planes=stored,
+        tail=tail,
+        room=None if room is None else room.data,
+    )
     return Encoded(codec, frame)
 
 
@@ -196,13 +214,6 @@ def _measure(numbers: Words, old: Words | None, lags: tuple[int, ...]) -> tuple[
         if lag > 0 and first < len(at) // 2:
             traits[-1] = measure.with_lag(traits[-1], lag, sample.steps(numbers, old, at[first:], lag))
     return old, traits
-
-
-def _split(numbers: Words, old: Words | None, traits: list[measure.Trait]) -> list[Plane]:
-    groups = planes.group(traits)
-    parts = planes.split(numbers, old, groups)
-    firsts = np.cumsum([0, *groups])[:-1]
-    return [plane.store(part, traits[i], f"stored{i}") for part, i in zip(parts, firsts, strict=True)]
 
 
 # --- decode

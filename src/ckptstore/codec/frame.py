@@ -70,12 +70,30 @@ def damaged(reason: str) -> IntegrityError:
 
 
 def build(
-    codec: CodecName, *, word_bytes: int, size_bytes: int, check: int, planes: Sequence[Plane], tail: Buffer = b""
-) -> bytes:
-    """The frame's bytes; copies every payload once."""
+    codec: CodecName,
+    *,
+    word_bytes: int,
+    size_bytes: int,
+    check: int,
+    planes: Sequence[Plane],
+    tail: Buffer = b"",
+    room: memoryview | None = None,
+) -> Buffer:
+    """The frame's bytes; copies every payload once.
+
+    Args:
+        room: memory for the whole frame, where the first plane's payload lies in its place already.
+    """
     header = _HEADER.pack(MAGIC, VERSION, CODECS.index(codec), word_bytes, len(planes), size_bytes, check)
-    table = [_PLANE.pack(p.mode, p.num_bytes, 0, p.lag, len(p.payload)) for p in planes]
-    return b"".join([header, *table, *(p.payload for p in planes), tail])
+    head = b"".join([header, *(_PLANE.pack(p.mode, p.num_bytes, 0, p.lag, len(p.payload)) for p in planes)])
+    if room is None:
+        return b"".join([head, *(p.payload for p in planes), tail])
+    room[: len(head)] = head
+    end = len(head) + len(planes[0].payload)
+    for part in (*(p.payload for p in planes[1:]), tail):
+        start, end = end, end + len(part)
+        room[start:end] = part
+    return room[:end].toreadonly()
 
 
 def overhead(num_planes: int) -> int:

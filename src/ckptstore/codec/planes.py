@@ -26,10 +26,12 @@ def group(traits: list[Trait]) -> list[int]:
     return _group(traits[:rest]) + _group(traits[rest:])
 
 
-def split(numbers: Words, old: Words | None, groups: list[int]) -> list[Words]:
-    """The planes of ``numbers``, mapped against ``old`` or rotated; this thread's buffers."""
+def split(numbers: Words, old: Words | None, groups: list[int], first: Words | None = None) -> list[Words]:
+    """The planes of ``numbers``, mapped against ``old`` or rotated; this thread's buffers, but for ``first``."""
     count, width = len(numbers), numbers.itemsize
     planes = [SCRATCH.words(f"plane{i}", count, size) for i, size in enumerate(groups)]
+    if first is not None:
+        planes[0] = first
     if native.is_available():
         native.split(numbers, old, planes)
         return planes

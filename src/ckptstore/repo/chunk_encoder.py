@@ -29,7 +29,7 @@ class EncodedChunk:
         is_settled: an earlier save has it; it lies apart from chunks that nobody had.
     """
 
-    frame: bytes
+    frame: codec.Buffer
     codec: str
     name: str
     base: PlacedFrame | None = None

@@ -81,7 +81,7 @@ def test_exact_bytes_or_integrity_error_when_bytes_are_flipped(
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_integrity_error_when_cut_anywhere_or_followed_by_anything(name: str) -> None:
     plain, base, encoded = SAMPLES[name]
-    frame = encoded.frame
+    frame = bytes(encoded.frame)
     for length in {*range(min(len(frame), 120)), *range(0, len(frame), 97), len(frame) - 1}:
         assert _decode_or_none(frame[:length], plain, base) is None
     for extra in (b"\0", frame, b"\xff" * 100):
@@ -160,7 +160,7 @@ def test_integrity_error_when_the_size_is_not_the_expected_one(name: str, off: i
 
 def test_integrity_error_names_the_version_when_the_frame_is_newer() -> None:
     plain, base, encoded = SAMPLES["planes"]
-    newer = encoded.frame[:4] + bytes([2]) + encoded.frame[5:]
+    newer = bytes([*encoded.frame[:4], 2, *encoded.frame[5:]])
     with pytest.raises(IntegrityError, match="version 2"):
         decode(newer, size_bytes=len(plain), base=base)
 

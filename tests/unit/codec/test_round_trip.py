@@ -141,6 +141,13 @@ def test_encode_refuses_when_the_chunk_is_too_large() -> None:
         encode(memoryview(bytearray(MAX_CHUNK_BYTES + 1)), dtype="uint8", compress=False)
 
 
+@pytest.mark.parametrize("size", [1, 239, 240, 241, 242, 1000])
+def test_frame_is_the_same_when_the_digest_is_known(size: int) -> None:
+    plain = chunk("random", 1, size)
+    known = xxhash.xxh3_128_hexdigest(plain)
+    assert encode(plain, dtype="uint8", digest=known) == encode(plain, dtype="uint8")
+
+
 def test_result_stays_when_the_thread_encodes_and_decodes_more() -> None:
     first = chunk("positive", 4, 40_000, 1)
     frame = encode(first, dtype="float32").frame
