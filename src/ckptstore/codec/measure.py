@@ -54,7 +54,8 @@ class Trait:
 
 def traits(counts: Counts) -> list[Trait]:
     """One trait for each byte of the sampled words, least significant first."""
-    return [_trait(row, bits) for row, bits in zip(counts, _entropies(counts), strict=True)]
+    total = int(counts[0].sum())
+    return [_trait(row, bits, total) for row, bits in zip(counts, _entropies(counts, total), strict=True)]
 
 
 def cost(planes: list[Trait]) -> float:
@@ -74,22 +75,22 @@ def with_lag(trait: Trait, lag: int, counts: Counts) -> Trait:
     # Exponents that follow the earlier ones mostly equal them; without that the full count is not worth its time.
     if total - int(counts[0]) > _MOST_STEPS * total:
         return trait
-    bits = _entropies(counts[None])[0]
+    bits = _entropies(counts[None], total)[0]
     margin = 0 if trait.lag else _LAG_MARGIN_BITS
-    return replace(_trait(counts, bits), lag=lag) if bits < trait.bits - margin else trait
+    return replace(_trait(counts, bits, total), lag=lag) if bits < trait.bits - margin else trait
 
 
-def _trait(counts: Counts, bits: float) -> Trait:
+def _trait(counts: Counts, bits: float, total: int) -> Trait:
     if bits > _DENSE_BITS:
         return Trait(bits, is_dense=True)
     if bits > _DENSE_BITS - 1 and not counts[1::2].any():
         return Trait(bits, is_dense=True, is_even=True)
-    most = counts.max() / max(1, counts.sum())
+    most = int(counts.max()) / max(1, total)
     narrow = next((n for share, n in _NARROW if most >= share), 0)
     if not narrow:
         return Trait(bits)
     bias, held = _bias(counts, (1 << narrow) - 1)
-    if narrow == 4 and held < (1 - _MISFITS) * counts.sum():
+    if narrow == 4 and held < (1 - _MISFITS) * total:
         return Trait(bits)
     return Trait(bits, narrow_bits=narrow, bias=bias)
 
@@ -107,9 +108,9 @@ _LOG_2 = np.log2(np.maximum(1, np.arange(1 + MOST))).tolist()
 _LN_2 = float(np.log(2))
 
 
-def _entropies(counts: Counts) -> list[float]:
-    """Bits per byte for each row of counts, all of the same sample."""
-    total = max(1, int(counts[0].sum()))
+def _entropies(counts: Counts, total: int) -> list[float]:
+    """Bits per byte for each row of counts, which has so many in all."""
+    total = max(1, total)
     sums, seen = _X_LOG_X[counts].sum(axis=1).tolist(), np.count_nonzero(counts, axis=1).tolist()
     # Miller-Madow: a finite sample looks more orderly than its source.
     return [_LOG_2[total] - s / total + max(0, n - 1) / (2 * total * _LN_2) for s, n in zip(sums, seen, strict=True)]
