@@ -68,6 +68,16 @@ def test_parts_make_a_whole_when_every_node_restores_its_own(made: Path, tmp_pat
     assert ckptctl("restore", bucket(made), "--to", tmp_path / "x", "--part", "2/2").code == 2
 
 
+def test_two_buckets_are_both_read_when_their_schemes_are_the_same(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "bucket", tmp_path / "mirror")
+    for pack in (made / "bucket").rglob("*.pack"):
+        (tmp_path / "mirror" / pack.relative_to(made / "bucket")).unlink()
+    mirror = f"file://{tmp_path}/mirror"  # it has the manifests alone
+    for first, second in ((bucket(made), mirror), (mirror, bucket(made))):
+        result = ckptctl("restore", first, "--remote", second, "--to", tmp_path / f"from-{first == mirror}")
+        assert result.code == 0, result.err
+
+
 def test_a_terminal_shows_the_rate_and_the_time_left(made: Path, tmp_path: Path) -> None:
     code = (
         "import io, sys\n"

@@ -106,7 +106,10 @@ def open_place(store: str | None, remote: str | None = None, *, must_exist: bool
     from ckptstore.blob import between_processes, open_blob_store
     from ckptstore.repo.remote import RemoteTier
 
-    blobs = {url.partition("://")[0]: open_blob_store(between_processes(url)) for url in dict.fromkeys(urls)}
+    blobs: dict[str, BlobStore] = {}
+    for url in dict.fromkeys(urls):
+        scheme = url.partition("://")[0]
+        blobs[scheme if scheme not in blobs else f"{scheme}-2"] = open_blob_store(between_processes(url))
     if must_exist and local is None:
         for name, blob in blobs.items():
             if not RemoteTier(blob, "default", name).exists():
