@@ -94,6 +94,7 @@ def only(said: list[dict[str, Any]], key: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_state_survives_a_lost_disk_swapped_nodes_and_fewer_nodes_under_torchrun(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     first = cluster.torchrun("a", "b", ranks_per_node=2)

@@ -207,7 +207,8 @@ class Filler:
         """Collective. Give and take, window by window; returns the chunks that arrived damaged or not at all."""
         rounds = windows(found)
         left: set[ChunkId] = set()
-        with ThreadPoolExecutor(_WINDOW_READERS, thread_name_prefix="ckptstore-share") as pool:
+        pool = ThreadPoolExecutor(_WINDOW_READERS, thread_name_prefix="ckptstore-share")
+        try:
             ahead = deque((window, self._pack(window, pool)) for window in islice(rounds, 2))
             while ahead:
                 window, parcels = ahead.popleft()
@@ -217,6 +218,8 @@ class Filler:
                 self._fan_out(window, parcels)
                 left |= self._trade(agreement, window, parcels, sources)
                 ahead.extend((window, self._pack(window, pool)) for window in islice(rounds, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
         return left
 
     def _attend(self, agreement: Agreement, until: Sequence[Future[Any]], own: Sequence[Future[None]]) -> bool:

@@ -8,8 +8,6 @@ the pure function of its shard manifests that it must be.
 
 from __future__ import annotations
 
-import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +34,6 @@ from ckptstore.format.manifest import (
     root_from,
 )
 from ckptstore.repo import directory
-from ckptstore.repo.durable import READ_FLAGS
 from ckptstore.repo.frames import Failures, RemoteChunks, Wanted
 from ckptstore.repo.holding import Hold
 from ckptstore.repo.local import LocalTier
@@ -44,17 +41,15 @@ from ckptstore.repo.packs import Chunk, chunks_of
 from ckptstore.repo.peers import PEERS, Told
 from ckptstore.repo.record import ARENA, LOCAL, Record
 from ckptstore.repo.remote import RemoteTier
+from ckptstore.repo.shard_files import ShardFiles, repair
 
 Buffer = bytes | bytearray | mmap
 
-_log = logging.getLogger("ckptstore.repo")
-
-_WRITE_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _MANIFEST_READERS = 8
 
 
 class CheckpointReader:
-    """Opens one checkpoint: reads its manifests and no tensor byte. Thread-safe; close it to give back descriptors.
+    """Opens one checkpoint: reads its manifests and no tensor byte. Thread-safe; close it to let go of it.
 
     While it is open the local copy is not deleted: retention passes it over and comes back to it.
 
@@ -96,7 +91,6 @@ class CheckpointReader:
         self._places = dict(record.remote)
         self._chunks = RemoteChunks([r for r in remotes if r.name in self._places], record.summary.save_id)
         self._lock = threading.Lock()
-        self._fds: dict[int, int | None] = {}
         self._bytes: Counter[str] = Counter()
         self._repaired: set[str] = set()
         self._manifests_here: set[int] = set()
@@ -126,16 +120,12 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
-        """Close the local files and let go of the checkpoint; idempotent."""
+        """Let go of the checkpoint; idempotent."""
         with self._lock:
-            fds, self._fds = self._fds, {}
             self._images = {}
             hold, self._hold = self._hold, None
         if hold is not None:
             hold.release()
-        for fd in fds.values():
-            if fd is not None:
-                os.close(fd)
 
     @property
     def world_size(self) -> int:
@@ -221,19 +211,20 @@ class CheckpointReader:
         """
         sources: list[str | None] = []
         missing: list[tuple[int, Wanted, Failures]] = []
-        for number, (rank, piece_index, chunk_index, out) in enumerate(wanted):
-            chunk = self._tables[rank][piece_index][chunk_index]
-            view = out.cast("B")
-            if view.nbytes != chunk.size_bytes:
-                raise ValueError(f"out has {view.nbytes} bytes, the chunk {chunk.size_bytes}")
-            failures = Failures()
-            if self._try_image(rank, chunk, view):
-                sources.append(ARENA)
-                continue
-            is_here = self._save is not None and self._try_local(rank, chunk, view, failures)
-            sources.append(LOCAL if is_here else None)
-            if not is_here:
-                missing.append((number, Wanted(self._refs[rank], chunk, view), failures))
+        with ShardFiles() as files:
+            for number, (rank, piece_index, chunk_index, out) in enumerate(wanted):
+                chunk = self._tables[rank][piece_index][chunk_index]
+                view = out.cast("B")
+                if view.nbytes != chunk.size_bytes:
+                    raise ValueError(f"out has {view.nbytes} bytes, the chunk {chunk.size_bytes}")
+                failures = Failures()
+                if self._try_image(rank, chunk, view):
+                    sources.append(ARENA)
+                    continue
+                is_here = self._save is not None and self._try_local(files, rank, chunk, view, failures)
+                sources.append(LOCAL if is_here else None)
+                if not is_here:
+                    missing.append((number, Wanted(self._refs[rank], chunk, view), failures))
         if missing:
             found = self._chunks.read_many([one for _, one, _ in missing])
             for (number, one, failures), source in zip(missing, found, strict=True):
@@ -338,65 +329,22 @@ class CheckpointReader:
             np.copyto(np.frombuffer(out, np.uint8), np.frombuffer(there, np.uint8))
         return digest(out) == chunk.digest
 
-    def _try_local(self, rank: int, chunk: Chunk, out: memoryview, failures: Failures) -> bool:
+    def _try_local(self, files: ShardFiles, rank: int, chunk: Chunk, out: memoryview, failures: Failures) -> bool:
+        assert self._save is not None
         try:
-            self._read_local(rank, chunk, out)
+            files.read(self._save.path / self.shards[rank].file, chunk, out)
         except (OSError, IntegrityError) as error:
             # A disk that fails is no reason to wait for it: another tier, or a verdict that names the errno.
             failures.add(LOCAL, IntegrityError(str(error)))
             return False
         return True
 
-    def _read_local(self, rank: int, chunk: Chunk, out: memoryview) -> None:
-        fd = self._fd(rank)
-        done = 0
-        while done < chunk.size_bytes:
-            count = os.preadv(fd, [out[done:]], chunk.offset + done)
-            if count == 0:
-                raise IntegrityError(f"{self.shards[rank].file} is too short")
-            done += count
-        if digest(out) != chunk.digest:
-            raise IntegrityError(f"{self.shards[rank].file} is damaged at byte {chunk.offset} or behind")
-
-    def _fd(self, rank: int) -> int:
-        assert self._save is not None
-        with self._lock:
-            fd = self._fds.get(rank)
-            if fd is None:
-                if rank in self._fds:
-                    raise FileNotFoundError(f"{self.shards[rank].file} is not here")
-                try:
-                    fd = self._fds[rank] = os.open(self._save.path / self.shards[rank].file, READ_FLAGS)
-                except FileNotFoundError:
-                    self._fds[rank] = None
-                    raise
-            return fd
-
     def _repair(self, rank: int, chunk: Chunk, good: memoryview) -> None:
-        """Put verified bytes where damaged ones are; a file that is missing or short is left to a full restore.
-
-        A committed checkpoint is immutable; this makes it what it was. Failing is no failure of the read.
-        """
         assert self._save is not None
         shard = self.shards[rank]
-        try:
-            fd = os.open(self._save.path / shard.file, _WRITE_FLAGS)
-            try:
-                if os.fstat(fd).st_size != shard.file_bytes:
-                    return
-                done = 0
-                while done < chunk.size_bytes:
-                    done += os.pwrite(fd, good[done:], chunk.offset + done)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            _log.warning("can't repair %s: %s", self._save.path / shard.file, error)
-            return
-        with self._lock:
-            self._repaired.add(shard.file)
+        if repair(self._save.path / shard.file, shard.file_bytes, chunk, good):
+            with self._lock:
+                self._repaired.add(shard.file)
 
     def _count(self, source: str, size_bytes: int) -> str:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -317,6 +318,22 @@ def test_descriptors_are_given_back_when_closed(house: House) -> None:
         assert count() > before
     reader.close()
     assert count() == before
+
+
+def test_no_more_files_are_open_when_many_ranks_have_saved(tmp_path: Path) -> None:
+    tier = LocalTier(tmp_path)
+    values = {"w": np.arange(300, dtype="float32").reshape(100, 3)}
+    write_checkpoint(tier, values, world_size=100)
+    (found,) = tier.saves("default")
+    assert found.summary is not None
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 30
+    with CheckpointReader(Record(summary=found.summary, local=found, remote={}), tier, ()) as reader:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few, limit[1]))
+            assert everything(reader) == expected(values)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 def test_the_local_copy_is_not_deleted_when_somebody_reads_it(house: House) -> None:
