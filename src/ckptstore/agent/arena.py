@@ -171,7 +171,8 @@ class Slot:
 
         Raises:
             NoSpaceError: not even one generation fits into memory, nor onto the disk beside its checkpoint.
-            TransientError: the generations were still in use after ``timeout_s``; trying again can help.
+            TransientError: the generations were still in use after ``timeout_s`` (``is_busy`` in its context); trying
+                again can help.
         """
         with self._configuring:
             layout_id = layout_id_of(pieces)
@@ -189,6 +190,7 @@ class Slot:
                     raise TransientError(
                         f"the arena of slot {self.index} is still in use after {timeout_s} s",
                         hint="the local disk is slow or a save was begun and neither sealed nor released",
+                        is_busy=True,
                     )
                 self.layout_id = None  # nobody can reserve until the new one stands
             layout = stock.layout(pieces)

@@ -192,6 +192,7 @@ class AgentClient:
         with self._lock:
             if self._arena is not None and self._arena.layout_id == layout_id:
                 return self._arena
+            self._arena = None  # where this fails, the agent may have neither layout
         wait = self._config.back_pressure_timeout_s if timeout_s is None else timeout_s
         answer, fds = self._ask(
             {"op": "layout", "pieces": pieces_to_wire(pieces), "timeout_s": wait}, wait + ANSWER_TIMEOUT_S + SLACK_S

@@ -111,8 +111,15 @@ class Preparer:
                     error = refused
             return self._settle(binding, step, counter, flags or {}, error)
         except BaseException:
-            self._plans.clear()  # a failure may have reached only some ranks
+            self.forget()
             raise
+
+    def forget(self) -> None:
+        """Local. Rely on no plan that is kept: all ranks plan anew at the next save, whoever of them asked for it.
+
+        That is the way on from whatever failed, as it may have failed on some ranks only.
+        """
+        self._plans.clear()
 
     def _settle(
         self, binding: Binding | None, step: int, counter: int, flags: Mapping[str, bool], error: CkptError | None

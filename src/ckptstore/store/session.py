@@ -26,6 +26,7 @@ from ckptstore.errors import (
     SaveFailedError,
     StateError,
     StorageError,
+    TransientError,
 )
 from ckptstore.format.manifest import Parent, Summary
 from ckptstore.store.fence import Fence
@@ -129,6 +130,7 @@ class Session:
                     self._reserve(call, self._plan)
         except CkptError as failure:
             error = failure
+            self._plan = None  # it may be what can't be laid out; another may
         try:
             with _timed(call.spans, "plan"):
                 prepared = self._preparer.prepare(
@@ -160,14 +162,20 @@ class Session:
                 raise failure
 
     def _reserve(self, call: _Call, plan: Plan) -> None:
-        """Local. Take a free arena generation; bounded by the back-pressure policy."""
-        timeout = self.config.back_pressure_timeout_s if self.config.back_pressure == "wait" else 0.0
+        """Local. Take a free arena generation; bounded by the back-pressure policy, as is the wait for a new layout."""
+        is_patient = self.config.back_pressure == "wait"
+        timeout = self.config.back_pressure_timeout_s if is_patient else 0.0
         client = self.link.client
         if self._lender is not client:
             self._forget_arena()  # it went with its agent
         if self._arena is None:
             self._lender = client
-            self._arena = client.layout(plan.pieces, timeout_s=self.config.back_pressure_timeout_s)
+            try:
+                self._arena = client.layout(plan.pieces, timeout_s=timeout)
+            except TransientError as error:
+                if is_patient or "is_busy" not in error.context:
+                    raise
+                return
             self._stage = Stage(plan, self._arena.starts)
             if self._arena.is_on_disk:
                 log.warning("memory is short: saves are staged through the disk and hold training up meanwhile")
@@ -184,9 +192,14 @@ class Session:
         except CkptError as failure:
             error = failure
         busy = call.generation is None
-        outcome = self.agreement.agree(same={}, flags={"failed": error is not None, "busy": busy})
-        if "failed" in outcome.raised:
-            self.agreement.raise_together(error, what="laying out the arena")
+        try:
+            outcome = self.agreement.agree(same={}, flags={"failed": error is not None, "busy": busy})
+            if "failed" in outcome.raised:
+                self.agreement.raise_together(error, what="laying out the arena")
+        except BaseException:
+            self._plan = None
+            self._preparer.forget()
+            raise
         return "busy" in outcome.raised
 
     def _forget_arena(self) -> None:
