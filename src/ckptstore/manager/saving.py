@@ -23,6 +23,8 @@ from ckptstore.store.session import read_metrics
 from ckptstore.types import CheckpointInfo
 
 OWN_VERSION = 1
+#: Saves in quick succession are not a remote that falls behind.
+LAG_SECONDS = 10.0
 #: What a disk or a lost peer can do to a save; anything else is a mistake in the program and is raised at once.
 _RECOVERABLE = (SaveFailedError, SaveTimeoutError, StorageError)
 
@@ -159,7 +161,7 @@ class Saver:
             count, age_s = self._safety.lag(name)
             if count < 2:
                 self._lagging.discard(name)
-            elif name not in self._lagging:
+            elif name not in self._lagging and age_s >= LAG_SECONDS:
                 self._lagging.add(name)
                 self._voice.say(f"{name} is {count} saves behind; the oldest waits for {age_s:.0f} s", logging.WARNING)
         if self._keeper is None or self._store.local is None:
