@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckptstore import native
+from ckptstore import codec, native
 from ckptstore.dcp.stage import _Copy, _is_plain, _run
 from ckptstore.native import build
 from ckptstore.ops.doctor import kernels
@@ -136,9 +135,15 @@ def test_building_says_why_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("compiler", [c for c in ("cc", "cc -DPLAIN", "clang") if shutil.which(c.split()[0])])
-def test_what_is_built_can_be_loaded(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_build_does_the_same(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = np.random.default_rng(1).standard_normal(300_001).astype(np.float32)
+    base = plain + np.float32(1e-4)
+    kept = [codec.encode(plain.tobytes(), dtype="float32", base=b) for b in (None, base.tobytes())]
     monkeypatch.setenv("CC", compiler)
     library = tmp_path / "kernels.so"
     assert build.compile_kernels(library) is None
-    assert native._load(library) is not None
-    assert ctypes.CDLL(str(library)).ckptstore_abi() == native._ABI
+    monkeypatch.setattr(native, "_kernels", native._load(library))
+    assert native.is_available()
+    for encoded, against in zip(kept, (None, base.tobytes()), strict=True):
+        assert codec.encode(plain.tobytes(), dtype="float32", base=against) == encoded
+        assert codec.decode(encoded.frame, size_bytes=plain.nbytes, base=against) == plain.tobytes()
