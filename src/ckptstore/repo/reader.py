@@ -102,6 +102,8 @@ class CheckpointReader:
             raise
         self._tables = {rank: chunks_of(shard) for rank, shard in self.shards.items()}
         self._refs = {ref.rank: ref for ref in self.root.shards}
+        here = self._save.path if self._save is not None else None
+        self._paths = {rank: here / shard.file for rank, shard in self.shards.items()} if here is not None else {}
         self.tensors: dict[str, TensorMeta] = {}
         self._index: dict[str, list[tuple[int, int, Piece]]] = {}
         for rank, shard in self.shards.items():
@@ -330,9 +332,8 @@ class CheckpointReader:
         return digest(out) == chunk.digest
 
     def _try_local(self, files: ShardFiles, rank: int, chunk: Chunk, out: memoryview, failures: Failures) -> bool:
-        assert self._save is not None
         try:
-            files.read(self._save.path / self.shards[rank].file, chunk, out)
+            files.read(self._paths[rank], chunk, out)
         except (OSError, IntegrityError) as error:
             # A disk that fails is no reason to wait for it: another tier, or a verdict that names the errno.
             failures.add(LOCAL, IntegrityError(str(error)))
@@ -340,9 +341,8 @@ class CheckpointReader:
         return True
 
     def _repair(self, rank: int, chunk: Chunk, good: memoryview) -> None:
-        assert self._save is not None
         shard = self.shards[rank]
-        if repair(self._save.path / shard.file, shard.file_bytes, chunk, good):
+        if repair(self._paths[rank], shard.file_bytes, chunk, good):
             with self._lock:
                 self._repaired.add(shard.file)
 

@@ -39,7 +39,7 @@ class ShardFiles:
             IntegrityError: the file is too short, or holds something else.
             OSError: it is not here, or the disk fails.
         """
-        if path != self._path:
+        if path is not self._path:  # comparing paths takes longer than reading a small chunk
             self._close()
             self._fd = os.open(path, READ_FLAGS)
             self._path = path
