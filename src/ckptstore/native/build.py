@@ -19,7 +19,14 @@ VARIANTS: tuple[tuple[str, ...], ...] = ((), ("-DPLAIN",))
 
 
 def compile_kernels(library: Path = LIBRARY) -> str | None:
-    """Compile with ``$CC``, or ``cc``. Returns None, or why that failed."""
+    """Compile with ``$CC``, or ``cc``. Returns None, or why that failed; then no older library is left either."""
+    problem = _compile(library)
+    if problem is not None:
+        library.unlink(missing_ok=True)
+    return problem
+
+
+def _compile(library: Path) -> str | None:
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if shutil.which(compiler[0]) is None:
         return f"there is no C compiler ({compiler[0]})"

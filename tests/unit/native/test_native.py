@@ -127,6 +127,7 @@ def test_doctor_warns_where_they_are_missing(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_building_says_why_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "kernels.so"
+    library.write_bytes(b"of an older source")
     monkeypatch.setenv("CC", "no-such-compiler -m64")
     assert build.compile_kernels(library) == "there is no C compiler (no-such-compiler)"
     monkeypatch.setenv("CC", "false")
