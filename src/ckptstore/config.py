@@ -29,10 +29,10 @@ class StoreConfig(BaseModel):
     """Return from ``save`` before parameters and optimizer state are copied; ``store.guard`` holds the next step."""
 
     back_pressure: Literal["wait", "skip", "fail"] = "wait"
-    """When both arena generations are still being written: wait, skip this save, or raise SaveFailedError."""
+    """When both arena generations are still being written: wait, skip this save, or raise SaveFailedError from it."""
 
     back_pressure_timeout_s: float = Field(default=600.0, gt=0)
-    """With ``back_pressure="wait"``: longest wait before the save counts as failed."""
+    """With ``back_pressure="wait"``: longest wait before the save counts as failed. Training goes on."""
 
     check_replicas: Literal["off", "sample", "full"] = "sample"
     """Compare values that ranks hold as replicas: never; small ones always, large ones in turn; all of them."""

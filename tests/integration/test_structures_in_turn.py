@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -53,4 +53,22 @@ def test_a_structure_too_large_for_this_machine_does_not_keep_others_from_being_
         assert [info.step for info in store.checkpoints()] == [1, 3, 5]
     finally:
         with suppress(SaveFailedError):  # those of above
+            store.close()
+
+
+def test_a_disk_that_stalls_for_longer_than_saves_wait_fails_the_save_and_not_the_training(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, config=StoreConfig(back_pressure_timeout_s=0.2, agent_idle_exit_seconds=5))
+    try:
+        store.save(WHOLE, 1).wait("local", 60)
+        client = cast(Any, store._session).link.client
+        held = [client.reserve(1.0), client.reserve(1.0)]  # as if both were still being written
+        stuck = store.save(WHOLE, 2)
+        with pytest.raises(SaveFailedError, match="step 2 was not saved: the previous saves are still being written"):
+            stuck.wait("staged", 60)
+        for generation in held:
+            client.release(generation)
+        store.save(WHOLE, 3).wait("local", 60)
+        assert [info.step for info in store.checkpoints()] == [1, 3]
+    finally:
+        with suppress(SaveFailedError):
             store.close()

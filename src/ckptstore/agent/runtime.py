@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 #: What an agent may inherit. Credentials are not among it: they come over the socket, per run, and stay in memory.
 #: HOME lets an SDK find its own profile files; proxies are left out because their URLs carry passwords.
 ENVIRONMENT = (
-    "AWS_CA_BUNDLE", "CKPTSTORE_LOG_FORMAT", "CKPTSTORE_NATIVE", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LOGNAME", "PATH",
-    "PYTHONHOME", "PYTHONPATH", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE", "TMPDIR", "TZ", "USER",
+    "AWS_CA_BUNDLE", "CKPTSTORE_LOG_FORMAT", "CKPTSTORE_NATIVE", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH",
+    "LOGNAME", "PATH", "PYTHONHOME", "PYTHONPATH", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE", "TMPDIR", "TZ", "USER",
     "VIRTUAL_ENV", "XDG_RUNTIME_DIR",
 )  # fmt: skip
 

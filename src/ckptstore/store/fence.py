@@ -25,7 +25,7 @@ class Fence:
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._copying: Future[None] | None = None
+        self._copying: Future[object] | None = None
         self._guarded: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -42,7 +42,7 @@ class Fence:
             self._guarded.add(optimizer)
             optimizer.register_step_pre_hook(lambda *_: self.wait())
 
-    def run(self, copy: Callable[[], None]) -> None:
+    def run(self, copy: Callable[[], object]) -> None:
         """Start a copy; ``copy`` handles its own errors."""
         with self._lock:
             if self._pool is None:

@@ -237,25 +237,31 @@ class Session:
         generation, call.generation = call.generation, None
         image = self._arena.generations[generation]
 
-        def finish(kinds: frozenset[Kind] | None) -> None:
+        def copy(kinds: frozenset[Kind] | None, *, is_last: bool) -> bool:
+            """Whether all is well so far."""
             try:
                 with _timed(spans, "copy"):
                     stage.copy(binding, image, threads, kinds)
-                self.link.client.seal(generation, replace(request, spans=spans))
-            except (CkptError, RuntimeError, MemoryError) as error:
-                # Peers learn it from their agent, or through the relay; this rank trains on.
-                failure = error if isinstance(error, CkptError) else SaveFailedError(f"copying failed: {error}")
+                if is_last:
+                    self.link.client.seal(generation, replace(request, spans=spans))
+            except BaseException as error:
+                # Peers learn it from their agent, or through the relay; this rank trains on, unless it is told to stop.
+                failure = error if isinstance(error, CkptError) else SaveFailedError(f"copying failed: {error!r}")
                 handle.fail(failure)
                 self.link.discard(call.save_id, str(failure))
+                self.link.release(generation)
+                if not isinstance(error, Exception):
+                    raise
+                return False
+            return True
 
         stage, threads = self._stage, _copy_threads()
-        if self.fence.is_on:
-            # What forward and backward change, or the user at any time, is copied now; what only optimizer.step
+        if not self.fence.is_on:
+            copy(None, is_last=True)
+        elif copy(_CHANGING, is_last=False):
+            # What forward and backward change, or the user at any time, is copied by now; what only optimizer.step
             # changes is copied meanwhile, and the fence holds the next step until that is done.
-            stage.copy(binding, image, threads, _CHANGING)
-            self.fence.run(lambda: finish(_FENCED))
-        else:
-            finish(None)
+            self.fence.run(lambda: copy(_FENCED, is_last=True))
         return handle
 
     def _info(self, call: _Call, *, skipped: bool = False) -> CheckpointInfo:
@@ -277,13 +283,16 @@ class Session:
         )
 
     def _skipped(self, call: _Call) -> SaveHandle:
-        """Both generations are busy on some rank: skip on all, or fail on all."""
+        """Both generations are busy on some rank: skip on all, or fail on all. Only ``fail`` raises for it."""
         if self.config.back_pressure != "skip":
-            raise SaveFailedError(
+            error = SaveFailedError(
                 f"step {call.step} was not saved: the previous saves are still being written",
                 hint="save less often, use a faster disk, or set StoreConfig(back_pressure='skip')",
                 step=call.step,
             )
+            if self.config.back_pressure == "wait":
+                return self._failed(call, error)
+            raise error
         log.warning("step %s was skipped: the previous saves are still being written", call.step)
         handle = SaveHandle(self._info(call, skipped=True), self.remotes, self.config.remote_quorum)
         handle.reach("staged")
