@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 #: HOME lets an SDK find its own profile files; proxies are left out because their URLs carry passwords.
 ENVIRONMENT = (
     "AWS_CA_BUNDLE", "CKPTSTORE_LOG_FORMAT", "CKPTSTORE_NATIVE", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH",
-    "LOGNAME", "PATH", "PYTHONHOME", "PYTHONPATH", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE", "TMPDIR", "TZ", "USER",
-    "VIRTUAL_ENV", "XDG_RUNTIME_DIR",
+    "LOGNAME", "PATH", "PYTHONHOME", "PYTHONPATH", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE", "TMPDIR",
+    "TZ", "USER", "VIRTUAL_ENV", "XDG_RUNTIME_DIR",
 )  # fmt: skip
 
 #: sun_path's size; longer socket paths are reached through a descriptor of their directory.
