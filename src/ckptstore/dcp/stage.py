@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
@@ -32,6 +32,9 @@ _PORTION_BYTES = 8 << 20
 
 #: (address to, address from, bytes)
 Block: TypeAlias = tuple[int, int, int]
+
+#: Where the kernels that change a state are queued.
+Streams: TypeAlias = Mapping[torch.device, "torch.cuda.Stream"]
 
 
 class _Copy(NamedTuple):
@@ -62,7 +65,14 @@ class Stage:
         self._targets: dict[int, tuple[list[torch.Tensor], list[int]]] = {}
         self._total = 0
 
-    def copy(self, binding: Binding, image: Any, threads: int = 1, kinds: Collection[Kind] | None = None) -> int:
+    def copy(
+        self,
+        binding: Binding,
+        image: Any,
+        threads: int = 1,
+        kinds: Collection[Kind] | None = None,
+        streams: Streams | None = None,
+    ) -> int:
         """Copy every piece to its place in ``image``; all bytes are there when this returns.
 
         Args:
@@ -70,6 +80,7 @@ class Stage:
             image: a writable buffer, the image of the shard file.
             threads: upper bound; small totals are copied by the caller alone.
             kinds: copy only tensors of these kinds; None: all.
+            streams: as :func:`streams_of` gave them where training runs; needed by another thread, which has its own.
 
         Returns:
             Bytes copied.
@@ -91,7 +102,8 @@ class Stage:
         with torch.no_grad():
             if any(source.is_cuda for source in sources):
                 copies = [_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]
-                _copy_from_cuda([copy for copy in copies if copy.source.is_cuda])
+                on_devices = [copy for copy in copies if copy.source.is_cuda]
+                _copy_from_cuda(on_devices, streams_of(binding) if streams is None else streams)
                 _run([copy for copy in copies if not copy.source.is_cuda], threads, bring_pages=is_new)
             elif total >= _BYTES_PER_THREAD:
                 _run(
@@ -263,7 +275,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def _copy_from_cuda(copies: list[_Copy]) -> None:
+def streams_of(binding: Binding) -> Streams:
+    """The stream that this thread's work is queued on, for each CUDA device of the state."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {}
+    devices = {local.device for local in binding.locals if local.is_cuda}
+    return {device: torch.cuda.current_stream(device) for device in devices}
+
+
+def _copy_from_cuda(copies: list[_Copy], streams: Streams) -> None:
     """A side stream moves slices into two pinned buffers in turn while the host empties the other one.
 
     The side stream first waits for the work queued so far, so it reads the state as of the call, and the main stream is
@@ -273,7 +293,7 @@ def _copy_from_cuda(copies: list[_Copy]) -> None:
     for copy in _cut(copies):
         by_device.setdefault(copy.source.device, []).append(copy)
     for device, on_device in by_device.items():
-        main = torch.cuda.current_stream(device)
+        main = streams[device]
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(main)
         largest = max(copy.size_bytes for copy in on_device)

@@ -15,6 +15,7 @@ import psutil
 
 from ckptstore import native
 from ckptstore._version import __version__
+from ckptstore.agent.memory import available_memory
 from ckptstore.blob.base import BlobStore
 from ckptstore.clock import SYSTEM_CLOCK
 from ckptstore.errors import CheckpointExistsError, CkptError
@@ -259,7 +260,7 @@ def _remote(name: str, blob: BlobStore) -> Iterator[Check]:
 
 
 def _memory() -> Check:
-    available = psutil.virtual_memory().available
+    available = available_memory()
     state = "ok" if available > 1 << 30 else "warning"
     detail = f"{available / 2**30:.1f} GiB available; an arena takes twice a rank's shard"
     return Check("memory", state, detail, None if state == "ok" else "use StoreConfig(generations=1)")

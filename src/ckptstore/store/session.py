@@ -18,7 +18,7 @@ from ckptstore.config import StoreConfig
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.planner import Plan
 from ckptstore.dcp.prepare import Prepared, Preparer
-from ckptstore.dcp.stage import Stage
+from ckptstore.dcp.stage import Stage, streams_of
 from ckptstore.dcp.walk import Kind
 from ckptstore.errors import (
     CkptError,
@@ -241,7 +241,7 @@ class Session:
             """Whether all is well so far."""
             try:
                 with _timed(spans, "copy"):
-                    stage.copy(binding, image, threads, kinds)
+                    stage.copy(binding, image, threads, kinds, streams)
                 if is_last:
                     self.link.client.seal(generation, replace(request, spans=spans))
             except BaseException as error:
@@ -255,7 +255,7 @@ class Session:
                 return False
             return True
 
-        stage, threads = self._stage, _copy_threads()
+        stage, threads, streams = self._stage, _copy_threads(), streams_of(binding)
         if not self.fence.is_on:
             copy(None, is_last=True)
         elif copy(_CHANGING, is_last=False):

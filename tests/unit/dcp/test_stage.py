@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from concurrent.futures import thread as executors
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from ckptstore.dcp import stage as stage_module
 from ckptstore.dcp.binder import Binder, bind
 from ckptstore.dcp.pause import no_collections
 from ckptstore.dcp.planner import plan
-from ckptstore.dcp.stage import Stage, _Copy, _run, copy_pieces
+from ckptstore.dcp.stage import Stage, _Copy, _run, copy_pieces, streams_of
 from ckptstore.format.stock import layout
 from ckptstore.store.fence import Fence
 
@@ -187,3 +188,15 @@ def test_a_forked_child_copies_collects_and_steps_on_its_own() -> None:
 
 def assert_released(release: threading.Event) -> None:
     assert release.wait(120)
+
+
+def test_copies_in_the_background_know_the_streams_of_the_thread_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(device: torch.device) -> Any:
+        return SimpleNamespace(device=device, is_cuda=device.type == "cuda")
+
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    binding: Any = SimpleNamespace(locals=[on(first), on(torch.device("cpu")), on(second), on(first)])
+    assert streams_of(binding) == {}  # no CUDA in use, and none is started
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    assert streams_of(binding) == {first: "stream of cuda:0", second: "stream of cuda:1"}
