@@ -14,6 +14,7 @@ from torch import nn
 
 from ckptstore import CheckpointStore, StoreConfig
 from ckptstore.agent.client import AgentClient
+from ckptstore.errors import TransientError
 from ckptstore.testing.s3_server import SeaweedServer
 
 
@@ -73,6 +74,10 @@ def test_the_quorum_decides_and_restores_fall_back_when_one_remote_is_dead(
         assert bits(target) == bits({1: first, 2: second}[loaded.step])
         said = [line for line in loaded.report.passed_over if "remote s3" in line]
         assert len(said) == (known == "latest"), "something newer may be there"
+
+    with pytest.raises(TransientError):  # half of it would be worse than none
+        store.delete(1)
+    assert len(list((tmp_path / "store" / "default").glob("step-*"))) == 2
 
     server.restart()
     again = CheckpointStore(tmp_path / "store", remote=remotes, config=config)

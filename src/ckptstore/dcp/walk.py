@@ -8,7 +8,7 @@ once and reused by later saves as long as their keys stay the same.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -177,6 +177,25 @@ class Walk:
         self.kinds.append(kind)
         return name
 
+    def _add_all(
+        self, prefix: str, path: Path, keys: Iterable[Path], names: list[str], values: list[torch.Tensor], kind: Kind
+    ) -> list[str]:
+        """As :meth:`_add` for many, whose plain names are ``names``: at once, if none of them needs another."""
+        fresh = set(names)
+        if (
+            path
+            and not self._suffix
+            and len(fresh) == len(names)
+            and self._taken.isdisjoint(fresh)
+            and "".join(names).isascii()
+        ):
+            self._taken |= fresh
+            self.names += names
+            self.tensors += values
+            self.kinds += [kind] * len(names)
+            return names
+        return [self._add(prefix, path, key, value, kind) for key, value in zip(keys, values, strict=True)]
+
     def _dict(self, path: Path, value: dict[Any, Any]) -> object:
         kind = type(value)
         if len(value) < _FRAGMENT_MIN or kind not in (dict, OrderedDict) or not path:
@@ -187,8 +206,9 @@ class Walk:
             if type(key) not in _FRAGMENT_KEYS or not self._is_named_only(item):
                 return value
         prefix = ".".join(map(str, path))
-        names = [self._add(prefix, path, (key,), item, "plain") for key, item in value.items()]
         keys = list(value)
+        plain = [f"{prefix}.{key}" for key in keys]
+        names = self._add_all(prefix, path, ((key,) for key in keys), plain, list(value.values()), "plain")
         refs = map(tree.TensorRef, names)
         return self._fragment(path, (kind, keys, names), lambda: kind(zip(keys, refs, strict=True)))
 
@@ -260,12 +280,11 @@ class Walk:
                 if type(key) not in _FRAGMENT_KEYS or not self._is_named_only(item):
                     return state
         prefix = ".".join(map(str, path))
-        names = [
-            self._add(prefix, path, (fqn, key), item, kind)
-            for fqn, entry in state.items()
-            for key, item in entry.items()
-        ]
-        keys = [key for entry in state.values() for key in entry]
+        places = [(fqn, key) for fqn, entry in state.items() for key in entry]
+        plain = [f"{prefix}.{fqn}.{key}" for fqn, key in places]
+        tensors = [item for entry in state.values() for item in entry.values()]
+        names = self._add_all(prefix, path, places, plain, tensors, kind)
+        keys = [key for _, key in places]
         fqns = list(state)
 
         def refs() -> dict[Any, dict[Any, object]]:

@@ -399,11 +399,16 @@ class CheckpointStore:
         return record.info() if record else None
 
     def pin(self, step: StepLike) -> None:
-        """Keep this checkpoint whatever retention says. Local."""
+        """Keep this checkpoint whatever retention says, in every tier that has it. Local.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+            TransientError: a remote can't be reached; nothing was changed.
+        """
         self._each_tier(step, "pin")
 
     def unpin(self, step: StepLike) -> None:
-        """Undo :meth:`pin`. Local."""
+        """Undo :meth:`pin`. Local; raises what it raises."""
         self._each_tier(step, "unpin")
 
     def delete(self, step: StepLike) -> None:
@@ -412,8 +417,9 @@ class CheckpointStore:
         Raises:
             CheckpointNotFoundError: there is none.
             ConfigError: it is pinned.
+            TransientError: a remote can't be reached; nothing was deleted.
         """
-        record = self.catalog().resolve(step)
+        record = self._open_tiers().catalog().resolve(step)
         if record.pinned:
             raise ConfigError(f"step {record.summary.step} is pinned", hint="unpin it first")
         self._each_tier(record.summary.save_id, "delete")
@@ -469,7 +475,7 @@ class CheckpointStore:
 
     def _each_tier(self, step: StepLike, action: str) -> None:
         tiers = self._open_tiers()
-        record: Record = self.catalog().resolve(step)
+        record: Record = tiers.catalog().resolve(step)  # of all tiers: what one hides would be left as it is
         save_id = record.summary.save_id
         if tiers.local is not None and record.local is not None:
             getattr(tiers.local, action)(self.run, save_id)
