@@ -304,7 +304,7 @@ def test_page_lives_during_a_real_training(browser: Browser, tmp_path: Path) -> 
         with served(str(root), f"file://{bucket}") as one:
             browser.open(one.url)
             _stays(browser, lambda: "newest step 10" in browser.text("[data-key='live']"))
-            assert "training here" in browser.text("[data-key='live']")
+            _stays(browser, lambda: "training here" in browser.text("[data-key='live']"))
             go_on.set()
             _stays(browser, lambda: "newest step 20" in browser.text("[data-key='live']"))
             _stays(browser, lambda: "Safe" in browser.text("[data-key='live'] header"))
