@@ -67,6 +67,11 @@ def save(rank: int, kind: str, root: str, remote: str | None, level: str = "loca
     return fingerprint(model, optimizer), info.step, dict(info.tiers)
 
 
+def _session(store: CheckpointStore) -> Any:
+    """Open once something was saved."""
+    return store._session
+
+
 def save_in_turn(rank: int, root: str) -> Any:
     """The whole state and its model in turn, another agent in between: collective calls of each, what came back."""
     model, optimizer = make("fsdp")
@@ -76,7 +81,7 @@ def save_in_turn(rank: int, root: str) -> Any:
         for step in range(8):
             if step == 6:
                 dist.barrier()
-                link = store._session.link  # type: ignore[union-attr]
+                link = _session(store).link
                 if rank == 0:
                     os.kill(link.client.agent_pid, signal.SIGKILL)
                 while link._client is not None:  # until this rank has heard of it
@@ -84,9 +89,9 @@ def save_in_turn(rank: int, root: str) -> Any:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(1)
-            before = store._session.agreement.calls if store._session is not None else 0
+            before = _session(store).agreement.calls if step else 0
             handle = store.save(states[step % 2], step)
-            calls.append(store._session.agreement.calls - before)  # type: ignore[union-attr]
+            calls.append(_session(store).agreement.calls - before)
             handle.wait("local", 60)
             saved[step] = fingerprint(model, optimizer)
         for step in (7, 6, 5, 2):
@@ -207,7 +212,7 @@ def load_from_a_dying_remote(rank: int, remote: str) -> Any:
         asked.append(pack)
         raise TransientError("the bucket answers no more")
 
-    RemoteTier.get_range = silent  # type: ignore[method-assign]
+    setattr(RemoteTier, "get_range", silent)  # noqa: B010 - of this process alone, which ends with the job
     with CheckpointStore(None, remote=remote, config=QUICK) as store:
         try:
             store.load({f"t{n}": torch.zeros(5) for n in range(200)})

@@ -17,16 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckptstore._version import __version__
 from ckptstore.agent.arena import Arena, populate
-from ckptstore.agent.conversation import Answer, Conversation, EventCallback
+from ckptstore.agent.conversation import Answer, Conversation, EventCallback, greet
 from ckptstore.agent.protocol import (
-    PROTOCOL,
     Channel,
     Event,
     SealRequest,
     close_fds,
-    error_from_wire,
     is_same_tree,
     layout_id_of,
     pieces_to_wire,
@@ -160,7 +157,7 @@ class AgentClient:
             channel = Channel(sock, accept_fds=True)
             sock.settimeout(ANSWER_TIMEOUT_S)
             try:
-                hello = _hello(channel, make_room=make_room)
+                hello = greet(channel, make_room=make_room)
             except (OSError, LockedError) as error:
                 channel.close()
                 if isinstance(error, CkptError) and not isinstance(error, TransientError):
@@ -370,35 +367,6 @@ def _hook_environment(config: StoreConfig) -> dict[str, str]:
     """The variable that ``hook_url="env:NAME"`` names."""
     name = (config.hook_url or "").removeprefix("env:")
     return {name: os.environ[name]} if name != config.hook_url and name in os.environ else {}
-
-
-def _hello(channel: Channel, *, make_room: bool) -> Json | None:
-    """Greet; None if the agent was of another version and is leaving now.
-
-    Raises:
-        ConfigError: it is of another version, and stays.
-        OSError: it went away.
-    """
-    channel.send({"id": 0, "op": "hello", "protocol": PROTOCOL, "version": __version__, "pid": os.getpid()})
-    answer = _answer(channel)
-    if "ok" in answer:
-        hello: Json = answer["ok"]
-        return hello
-    error = error_from_wire(answer["error"])
-    theirs = error.context.get("protocol")
-    if make_room and isinstance(theirs, int) and theirs < PROTOCOL:
-        channel.send({"id": 0, "op": "leave"})
-        if "ok" in _answer(channel):
-            return None
-    raise error
-
-
-def _answer(channel: Channel) -> Json:
-    received = channel.receive()
-    if received is None:
-        raise ConnectionResetError("the agent has closed the connection")
-    close_fds(received[1])
-    return received[0]
 
 
 def _touch(generations: Sequence[mmap.mmap], stop: threading.Event) -> None:

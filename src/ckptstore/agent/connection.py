@@ -260,7 +260,7 @@ class Connection:
 
     def _op_mend(self, request: Json) -> Answer:
         jobs, _ = self._attached()
-        jobs.mend(request["save_id"])
+        jobs.remotes.mend(request["save_id"])
         return {}, []
 
     def _op_announce(self, request: Json) -> Answer:

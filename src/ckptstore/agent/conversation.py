@@ -14,7 +14,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from ckptstore.agent.protocol import Channel, Event, close_fds, error_from_wire
+from ckptstore._version import __version__
+from ckptstore.agent.protocol import PROTOCOL, Channel, Event, close_fds, error_from_wire
 from ckptstore.errors import CkptError, TransientError
 from ckptstore.format.manifest import Json
 
@@ -24,6 +25,35 @@ Answer = tuple[Json, list[int]]
 log = logging.getLogger("ckptstore")
 
 _live: weakref.WeakSet[Conversation] = weakref.WeakSet()
+
+
+def greet(channel: Channel, *, make_room: bool) -> Json | None:
+    """Greet; None if the agent was of another version and is leaving now.
+
+    Raises:
+        ConfigError: it is of another version, and stays.
+        OSError: it went away.
+    """
+    channel.send({"id": 0, "op": "hello", "protocol": PROTOCOL, "version": __version__, "pid": os.getpid()})
+    answer = _first_answer(channel)
+    if "ok" in answer:
+        hello: Json = answer["ok"]
+        return hello
+    error = error_from_wire(answer["error"])
+    theirs = error.context.get("protocol")
+    if make_room and isinstance(theirs, int) and theirs < PROTOCOL:
+        channel.send({"id": 0, "op": "leave"})
+        if "ok" in _first_answer(channel):
+            return None
+    raise error
+
+
+def _first_answer(channel: Channel) -> Json:
+    received = channel.receive()
+    if received is None:
+        raise ConnectionResetError("the agent has closed the connection")
+    close_fds(received[1])
+    return received[0]
 
 
 class Conversation:

@@ -16,10 +16,11 @@ from ckptstore.agent.arena import Slot, State
 from ckptstore.agent.disk import Abandoned
 from ckptstore.agent.job import Attachment, Part, SaveJob, Stage, Watcher, check_seal
 from ckptstore.agent.protocol import Event, SealRequest
+from ckptstore.agent.remotes import RunRemotes
 from ckptstore.agent.runtime import RuntimeDir
-from ckptstore.agent.uploader import Uploader, brief
+from ckptstore.agent.uploader import brief
 from ckptstore.agent.writer import Image, Written, write_part
-from ckptstore.clock import Clock, parse_rfc3339, rfc3339
+from ckptstore.clock import Clock, rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CheckpointNotFoundError, CkptError, ConfigError, SaveFailedError, StorageError
 from ckptstore.format.manifest import RootManifest, Summary, canonical
@@ -28,12 +29,9 @@ from ckptstore.repo.local import LocalTier
 
 if TYPE_CHECKING:
     from ckptstore.blob.retry import Retry
-    from ckptstore.repo.remote import RemoteTier
 
 log = logging.getLogger("ckptstore.agent")
 
-#: What the notes beside a checkpoint tell of its upload.
-SENT_NOTES = ("sent_bytes", "stored_bytes", "reused_bytes", "by_codec", "rests_on", "encode_seconds")
 #: Dropped saves remembered, so that a rank that seals late is told why.
 _REMEMBERED = 256
 
@@ -62,7 +60,6 @@ class RunJobs:
         self.config = config
         self.slots: dict[int, Slot] = {}
         self.attached: set[Attachment] = set()
-        self.uploaders: dict[str, Uploader] = {}
         self.last_local: Summary | None = None
         self.failures = 0
         self.watchers: list[Watcher] = []
@@ -72,9 +69,9 @@ class RunJobs:
         self._clock = clock
         self._jobs: dict[str, SaveJob] = {}
         self._dropped: dict[str, CkptError] = {}
-        self._mending: set[str] = set()
         self._lost_slots: set[int] = set()
         self._dead_jobs: set[str] = set()
+        self.remotes = RunRemotes(condition, tier, run, self.emit, self.completed, self._retried, clock)
 
     # ------------------------------------------------------------------ attachments
 
@@ -101,22 +98,8 @@ class RunJobs:
             self._lost_slots.discard(slot)
             self.attached.add(attachment)
             self._condition.notify_all()
-        self._set_remotes(remotes, environ, config)
+        self.remotes.refresh(remotes, environ, config)
         return attachment
-
-    def _set_remotes(self, remotes: Mapping[str, str], environ: Mapping[str, str], config: StoreConfig) -> None:
-        with self._condition:
-            for name in [n for n, u in self.uploaders.items() if remotes.get(n) != u.url]:
-                self.uploaders.pop(name).stop()
-            for name, url in remotes.items():
-                uploader = self.uploaders.get(name)
-                if uploader is None:
-                    uploader = self.uploaders[name] = Uploader(
-                        self._tier, self.run, name, url, dict(environ), config, self.emit, self.completed, self._clock
-                    )
-                    uploader.on_retry = self._retried
-                else:
-                    uploader.refresh(environ, config)
 
     def detach(self, attachment: Attachment, *, is_gone: bool, was_closed: bool) -> None:
         """A connection has ended.
@@ -191,10 +174,7 @@ class RunJobs:
         for watcher in self.watchers:
             watcher.event(self.run, event)
         if event.kind == "remote":
-            data = event.data
-            lag = (self._clock.now() - parse_rfc3339(data["summary"]["created_at"])).total_seconds()
-            spans = {"lag": lag, **{name: data[name] for name in SENT_NOTES if name in data}}
-            timings.note(self._tier, self.run, event.save_id, {f"remote {data['remote']}": spans})
+            self.remotes.note(event)
 
     # ------------------------------------------------------------------ sealing
 
@@ -341,7 +321,7 @@ class RunJobs:
                 image.memory.release()
         if written is not None:
             # Before the job is forgotten: at no moment may all look settled.
-            self._notify_uploaders()
+            self.remotes.notify()
         with self._condition:
             self._jobs.pop(job.save_id, None)
             for part in parts:
@@ -391,31 +371,6 @@ class RunJobs:
                 self.last_local = summary
         self.emit(Event("local", summary.save_id, summary.step, {"summary": summary.model_dump(mode="json")}))
 
-    def mend(self, save_id: str) -> None:
-        """Bring files that the local copy of a save has lost back from the remotes, in a thread; once at a time."""
-        names.check_save_id(save_id)
-        with self._condition:
-            if save_id in self._mending:
-                return
-            self._mending.add(save_id)
-        threading.Thread(target=self._mend, args=(save_id,), name=f"mend-{save_id}", daemon=True).start()
-
-    def _mend(self, save_id: str) -> None:
-        from ckptstore.repo.fetch import pull
-
-        remotes: list[RemoteTier] = []
-        try:
-            remotes += [uploader.apart() for uploader in list(self.uploaders.values())]
-            if remotes:
-                log.info("the local copy of save %s is whole again: %s", save_id, pull(remotes, save_id, self._tier))
-        except CkptError as error:
-            log.warning("the local copy of save %s stays as it is: %s", save_id, error)
-        finally:
-            for remote in remotes:
-                remote.blob.close()
-            with self._condition:
-                self._mending.discard(save_id)
-
     def complete(self, save_id: str, root_bytes: bytes) -> None:
         """Make a prepared part complete; fine if it is.
 
@@ -429,7 +384,7 @@ class RunJobs:
             raise CheckpointNotFoundError(f"this node has no part of save {save_id}", run=self.run)
         commit.complete(save.path, root)
         self.completed(root)
-        self._notify_uploaders()
+        self.remotes.notify()
 
     def claim_timeline(self, at_least: int, record: Mapping[str, Any] | bytes) -> int:
         """Take the first free timeline number from ``at_least`` on, durably, for this tier."""
@@ -440,18 +395,9 @@ class RunJobs:
                 return number
             number += 1
 
-    def hurry(self, deadline: float | None) -> None:
-        """Uploads end by then, on the monotonic clock."""
-        for uploader in list(self.uploaders.values()):
-            uploader.hurry(deadline)
-
     def _retried(self, retry: Retry) -> None:
         for watcher in self.watchers:
             watcher.retried(retry.op, retry.reason)
-
-    def _notify_uploaders(self) -> None:
-        for uploader in list(self.uploaders.values()):
-            uploader.notify()
 
     # ------------------------------------------------------------------ looking at it
 
@@ -464,7 +410,7 @@ class RunJobs:
         """Whether anything is staged, or can be uploaded now."""
         with self._condition:
             filling = any(g.state is State.FILLING for s in self.slots.values() for g in s.generations)
-            return filling or bool(self._jobs or self._mending) or any(u.has_work() for u in self.uploaders.values())
+            return filling or bool(self._jobs) or self.remotes.is_busy()
 
     def is_staging(self) -> bool:
         """Whether a save has a seal and no end yet."""
@@ -474,7 +420,7 @@ class RunJobs:
     def is_settled(self) -> bool:
         """Whether nothing is staged and every remote has everything."""
         with self._condition:
-            return not self._jobs and all(u.is_settled() for u in self.uploaders.values())
+            return not self._jobs and self.remotes.is_settled()
 
     def describe(self) -> dict[str, Any]:
         """For ``status``."""
@@ -487,6 +433,6 @@ class RunJobs:
                 ],
                 "last_local": brief(self.last_local),
                 "failures": self.failures,
-                "remotes": {name: uploader.describe() for name, uploader in self.uploaders.items()},
+                "remotes": self.remotes.describe(),
                 "now": rfc3339(self._clock.now()),
             }

@@ -129,7 +129,7 @@ class AgentServer:
         runs = self._all_runs()
         for run in runs:
             run.check_deadlines()
-            run.hurry(self._leave_by)
+            run.remotes.hurry(self._leave_by)
         if now >= self._next_root_check:
             self._next_root_check = now + ROOT_CHECK_SECONDS
             if not self._root_is_there():
@@ -157,7 +157,9 @@ class AgentServer:
         return None
 
     def _idle_reason(self) -> str:
-        waiting = {name: uploader.pending() for run in self.runs.values() for name, uploader in run.uploaders.items()}
+        waiting = {
+            name: uploader.pending() for run in self.runs.values() for name, uploader in run.remotes.uploaders.items()
+        }
         left = [f"{count} saves are not on {name}" for name, count in waiting.items() if count]
         return f"idle, but {', '.join(left)}: `ckptctl push {self._root}` sends them" if left else "idle"
 
@@ -184,7 +186,7 @@ class AgentServer:
         with suppress(OSError):
             self._directory.socket.unlink()
         self._listener.close()
-        uploaders = [uploader for run in self._all_runs() for uploader in run.uploaders.values()]
+        uploaders = [uploader for run in self._all_runs() for uploader in run.remotes.uploaders.values()]
         for uploader in uploaders:
             uploader.stop()
         deadline = time.monotonic() + 5.0

@@ -277,7 +277,7 @@ if hasattr(os, "register_at_fork"):
 
 def streams_of(binding: Binding) -> Streams:
     """The stream that this thread's work is queued on, for each CUDA device of the state."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no type for it
         return {}
     devices = {local.device for local in binding.locals if local.is_cuda}
     return {device: torch.cuda.current_stream(device) for device in devices}

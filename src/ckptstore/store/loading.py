@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from mmap import mmap
 from typing import Any, NamedTuple
 
@@ -222,13 +223,17 @@ def _open_together(
             errors = agreement.gather(error, what="opening the checkpoint")
             failed = next((each for each in errors if each is not None), None)
             if failed is None and reader is not None:
-                held = nodes.gather(agreement, lambda r=reader: r.ranks_here, what="opening the checkpoint")  # type: ignore[misc]
+                held = nodes.gather(agreement, partial(_ranks_here, reader), what="opening the checkpoint")
                 readers = Readers(nodes.of_rank, tuple(held), once_per_job)
                 unless_agreed.pop_all()
                 return _Opened(record, reader, readers, tuple(passed.reasons))
             if step != "latest" or not isinstance(failed, (IntegrityError, FormatError, IncompleteCheckpointError)):
                 agreement.raise_together(error, what="opening the checkpoint")
         passed.note(record, failed, tell=agreement.rank == 0)
+
+
+def _ranks_here(reader: CheckpointReader) -> frozenset[int]:
+    return reader.ranks_here
 
 
 def _borrow(tiers: Tiers, save_id: str) -> Mapping[int, mmap]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +18,15 @@ from ckptstore.errors import (
     ConfigError,
     NoStoreError,
     SaveTimeoutError,
-    StorageError,
-    TransientError,
 )
 from ckptstore.format.manifest import Parent, check_run_name
-from ckptstore.ops.open import RunTiers
-from ckptstore.repo.local import LocalTier
-from ckptstore.repo.remote import RemoteTier
 from ckptstore.store.eager import eager, need_torch
 from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
 from ckptstore.store.remotes import RemoteArgument, check_level, name_remotes
 from ckptstore.store.tally import LoadTally
-from ckptstore.store.timeline import TimelineKeeper, newest_claim
+from ckptstore.store.tiers import StoreTiers
+from ckptstore.store.timeline import TimelineKeeper
 from ckptstore.types import CheckpointInfo, StepLike
 
 if TYPE_CHECKING:
@@ -40,11 +34,9 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
     from torch.optim import Optimizer
 
-    from ckptstore.agent.client import AgentClient
     from ckptstore.dcp.agreement import Agreement
-    from ckptstore.repo.catalog import Catalog, Record
+    from ckptstore.repo.catalog import Catalog
     from ckptstore.repo.reader import CheckpointReader
-    from ckptstore.store.loading import Tiers
     from ckptstore.store.session import Session
 
 log = logging.getLogger("ckptstore")
@@ -93,16 +85,15 @@ class CheckpointStore:
         self._group = process_group
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._tiers_lock = threading.Lock()
         self._session: Session | None = None
         self._torn: str | None = None  # the save that was loaded, if its local copy has lost files
         self._agreement: Agreement | None = None
-        self._tiers: RunTiers | None = None
+        self._tiers = StoreTiers(self.local, self.remotes, self.run)
         self._closed = False
         self._tally = LoadTally(self.run)
         self._fence = Fence()
         self._fence.is_wanted = self.config.overlap
-        self._timeline = TimelineKeeper(self._catalog_for_saving, self._newest_claim)
+        self._timeline = TimelineKeeper(self._tiers.catalog_for_saving, self._tiers.newest_claim)
 
     def __repr__(self) -> str:
         return (
@@ -217,12 +208,10 @@ class CheckpointStore:
         finally:
             if session is not None:
                 session.close()
-            if self._tiers is not None:
-                for remote in self._tiers.remotes:
-                    remote.blob.close()
+            self._tiers.close()
             if (agreement := session.agreement if session is not None else self._agreement) is not None:
                 agreement.close()
-            self._session = self._tiers = None
+            self._session = None
 
     def guard(self, optimizer: Optimizer) -> None:
         """With ``StoreConfig(overlap=True)``: let each step of this optimizer wait until the last save's copy is done.
@@ -276,8 +265,8 @@ class CheckpointStore:
             from ckptstore.store import loading
 
             agreement = self._open_agreement()
-            tiers = self._sources()
-            with self._settled(agreement) as agent:
+            tiers = self._tiers.sources()
+            with self._tiers.settled(agreement, deadline_s=self.config.deadline_s) as agent:
                 loading.roll_forward(tiers, agreement)
                 loaded = loading.load(
                     tiers,
@@ -314,7 +303,7 @@ class CheckpointStore:
         from ckptstore.dcp.reading import read_state
         from ckptstore.store.loading import choose
 
-        _, reader, _ = choose(self._sources(), step)
+        _, reader, _ = choose(self._tiers.sources(), step)
         with reader:
             return read_state(reader, only=only)
 
@@ -334,7 +323,7 @@ class CheckpointStore:
 
         def opened(save_id: str | None) -> CheckpointReader:
             self._check_open()
-            return choose(self._sources(), step if save_id is None else save_id)[1]
+            return choose(self._tiers.sources(), step if save_id is None else save_id)[1]
 
         return CheckpointStorageReader(opened)
 
@@ -405,11 +394,11 @@ class CheckpointStore:
             CheckpointNotFoundError: there is none.
             TransientError: a remote can't be reached; nothing was changed.
         """
-        self._each_tier(step, "pin")
+        self._tiers.change(step, "pin")
 
     def unpin(self, step: StepLike) -> None:
         """Undo :meth:`pin`. Local; raises what it raises."""
-        self._each_tier(step, "unpin")
+        self._tiers.change(step, "unpin")
 
     def delete(self, step: StepLike) -> None:
         """Remove one checkpoint from every tier, manifest first. Local.
@@ -419,10 +408,7 @@ class CheckpointStore:
             ConfigError: it is pinned.
             TransientError: a remote can't be reached; nothing was deleted.
         """
-        record = self._open_tiers().catalog().resolve(step)
-        if record.pinned:
-            raise ConfigError(f"step {record.summary.step} is pinned", hint="unpin it first")
-        self._each_tier(record.summary.save_id, "delete")
+        self._tiers.change(step, "delete")
 
     # -- for what is built on top, such as the manager --------------------------------------------------------------
 
@@ -447,7 +433,7 @@ class CheckpointStore:
         Raises:
             StorageError: a tier can't be listed.
         """
-        return self._open_tiers().catalog(tolerate_unreachable=True)
+        return self._tiers.catalog()
 
     def settle(self) -> None:
         """Let what earlier trainers staged reach the disk, and complete what is durable in parts. Collective."""
@@ -457,8 +443,8 @@ class CheckpointStore:
             from ckptstore.store.loading import roll_forward
 
             agreement = self._open_agreement()
-            with self._settled(agreement):
-                roll_forward(self._sources(), agreement)
+            with self._tiers.settled(agreement, deadline_s=self.config.deadline_s):
+                roll_forward(self._tiers.sources(), agreement)
 
     def start_over(self) -> None:
         """The next save starts a timeline that continues from nothing; older saves stay until it has its own N."""
@@ -473,40 +459,11 @@ class CheckpointStore:
 
     # -- inner ----------------------------------------------------------------------------------------------------
 
-    def _each_tier(self, step: StepLike, action: str) -> None:
-        tiers = self._open_tiers()
-        record: Record = tiers.catalog().resolve(step)  # of all tiers: what one hides would be left as it is
-        save_id = record.summary.save_id
-        if tiers.local is not None and record.local is not None:
-            getattr(tiers.local, action)(self.run, save_id)
-        for remote in tiers.remotes:
-            if remote.name in record.remote:
-                getattr(remote, action)(record.remote[remote.name] if action == "delete" else save_id)
-
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("this store is closed", hint="open a new CheckpointStore")
         if os.getpid() != self._pid:
             raise ConfigError("this process was forked from the one that opened the store", hint="open it here")
-
-    def _open_tiers(self) -> RunTiers:
-        with self._tiers_lock:  # a lock of its own: looking never waits for a save that waits
-            if self._tiers is None:
-                from ckptstore.blob import between_processes, open_blob_store
-
-                remotes = tuple(
-                    RemoteTier(open_blob_store(between_processes(url)), self.run, name)
-                    for name, url in self.remotes.items()
-                )
-                self._tiers = RunTiers(self.run, LocalTier(self.local) if self.local else None, remotes)
-            return self._tiers
-
-    def _sources(self) -> Tiers:
-        """The tiers, as a load takes them."""
-        from ckptstore.store.loading import Tiers
-
-        tiers = self._open_tiers()
-        return Tiers(tiers.run, tiers.local, tiers.remotes)
 
     def _open_agreement(self) -> Agreement:
         if self._session is not None:
@@ -532,63 +489,10 @@ class CheckpointStore:
                 agreement=self._open_agreement(),
                 timeline=self._timeline,
                 fence=self._fence,
-                committed=self._committed,
+                committed=self._tiers.committed,
             )
             self._session.link.tell_loads(self._tally)
         return self._session
-
-    def _newest_claim(self, above: int) -> tuple[int, str] | None:
-        """The newest claim above this number that this node knows of; its agent brings those of other machines here."""
-        local = self._open_tiers().local
-        return newest_claim(local, self.run, above) if local is not None else None
-
-    def _catalog_for_saving(self) -> Catalog:
-        """What a new timeline is to continue from. A bucket that refuses never keeps a save from the local disk."""
-        from ckptstore.repo.catalog import Catalog
-
-        tiers = self._open_tiers()
-        try:
-            return self.catalog()
-        except StorageError as error:
-            log.warning("a remote can't be listed, the save goes by the local tier alone: %s", error)
-            unreachable = {remote.name: TransientError(str(error)) for remote in tiers.remotes}
-            return dataclasses.replace(Catalog.read(tiers.local, (), self.run), unreachable=unreachable)
-
-    def _committed(self) -> dict[str, set[str]]:
-        """Remote's name -> the saves it holds, as far as it can be asked now."""
-        found: dict[str, set[str]] = {}
-        for remote in self._open_tiers().remotes:
-            try:
-                found[remote.name] = {save.save_id for save in remote.saves()}
-            except (TransientError, NoStoreError) as error:
-                log.debug("remote %s not asked: %s", remote.name, error)
-        return found
-
-    @contextmanager
-    def _settled(self, agreement: Agreement) -> Iterator[AgentClient | None]:
-        """Collective. Let a running agent put on disk what earlier trainers have sealed, before anyone looks.
-
-        Gives that agent, to be looked at and spoken to; None if there is none.
-        """
-        agent: AgentClient | None = None
-        refused: CkptError | None = None
-        if self.local is not None:
-            from ckptstore.agent.client import AgentClient
-
-            try:
-                agent = AgentClient.observe(self.local)
-                if agent is not None:
-                    agent.settle(self.run, timeout_s=self.config.deadline_s)
-            except (TransientError, SaveTimeoutError) as error:
-                log.warning("the node agent is still writing earlier saves: %s", error)
-            except CkptError as error:
-                refused = error
-        try:
-            agreement.together(refused, what="waiting for earlier saves")
-            yield agent
-        finally:
-            if agent is not None:
-                agent.close()
 
 
 __all__ = ["CheckpointNotFoundError", "CheckpointStore", "name_remotes"]

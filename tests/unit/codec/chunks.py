@@ -73,3 +73,11 @@ def stepped(plain: bytes, width: int, seed: int, spread: int = 4) -> bytes:
         spread - 1
     )
     return (numbers + move).astype(numbers.dtype).tobytes() + plain[whole:]
+
+
+def base_of(base: str, plain: bytes, kind: str, width: int, count: int, seed: int, tail: int) -> bytes | None:
+    """What a chunk may be encoded against: none, equal, near, wide, far, or of an other size."""
+    if base in ("near", "wide"):
+        return stepped(plain, width, seed) if base == "near" else stepped(plain, width, seed, 60)
+    others = {"none": None, "equal": plain, "other size": plain + b"x"}
+    return others[base] if base in others else chunk("random", width, count, seed + 1, tail)

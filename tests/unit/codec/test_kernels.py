@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
-from chunks import KINDS, OPAQUE, WIDTHS, chunk, noise, stepped, words
+from chunks import KINDS, OPAQUE, WIDTHS, base_of, chunk, noise, stepped, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,10 +41,10 @@ def _numpy() -> Iterator[None]:
         native._kernels = kept
 
 
-def _both(work):  # type: ignore[no-untyped-def]
+def _both(work: Callable[[], Any]) -> tuple[Any, Any]:
     """What it gives with kernels and without, or the error that it raises."""
 
-    def run():  # type: ignore[no-untyped-def]
+    def run() -> Any:
         try:
             return work()
         except IntegrityError as error:
@@ -82,13 +83,7 @@ def test_frames_and_chunks_are_the_same(
 ) -> None:
     width = WIDTHS.get(dtype, 4)
     plain = chunk(kind, width, count, seed, tail)
-    old = {
-        "none": None,
-        "equal": plain,
-        "near": stepped(plain, width, seed),
-        "wide": stepped(plain, width, seed, 60),
-        "far": chunk("random", width, count, seed + 1, tail),
-    }[base]
+    old = base_of(base, plain, kind, width, count, seed, tail)
     chunk_at, old_at = _at(plain, offsets[0]), None if old is None else _at(old, offsets[1])
     one, other = _both(lambda: encode(chunk_at, dtype=dtype, base=old_at, row=row))
     assert one == other

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import xxhash
-from chunks import KINDS, OPAQUE, WIDTHS, chunk, stepped, words
+from chunks import KINDS, OPAQUE, WIDTHS, base_of, chunk, stepped, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,13 +34,7 @@ def test_bytes_come_back_when_encoded_in_any_way(
 ) -> None:
     width = WIDTHS.get(dtype, 4)
     plain = chunk(kind, width, count, seed, tail)
-    old = {
-        "none": None,
-        "equal": plain,
-        "near": stepped(plain, width, seed),
-        "far": chunk("random", width, count, seed + 1, tail),
-        "other size": plain + b"x",
-    }[base]
+    old = base_of(base, plain, kind, width, count, seed, tail)
     encoded = encode(plain, dtype=dtype, base=old, row=row, compress=compress)
     assert bytes(decode(encoded.frame, size_bytes=len(plain), base=old)) == plain
     assert len(encoded.frame) <= len(plain) + 32
