@@ -56,7 +56,10 @@ def test_a_part_of_the_tensors_is_not_put_beside_whole_checkpoints(made: Path, t
     shutil.copytree(made / "store", tmp_path / "store")
     assert ckptctl("restore", bucket(made), "--to", tmp_path / "store", "--only", "model.*").code == 14
     assert ckptctl("restore", bucket(made), "--to", tmp_path / "x", "--only", "model.*", "--part", "0/2").code == 2
-    assert ckptctl("restore", bucket(made), "--to", tmp_path / "x", "--only", "nothing").code == 23
+    none = ckptctl("restore", bucket(made), "--to", tmp_path / "x", "--only", "nothing")
+    assert none.code == 23
+    assert "ckptctl show STEP lists the names" in none.err
+    assert not (tmp_path / "x").exists()
 
 
 def test_parts_make_a_whole_when_every_node_restores_its_own(made: Path, tmp_path: Path) -> None:

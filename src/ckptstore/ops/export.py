@@ -77,7 +77,9 @@ class Selection:
             dtype = wanted if wanted is not None and meta.dtype in FLOATS else meta.dtype
             chosen[name] = Chosen(name, stored, source, dtype, meta.shape)
         if not chosen and self.only:
-            raise LoadMismatchError(f"nothing in the checkpoint matches {', '.join(self.only)}")
+            raise LoadMismatchError(
+                f"nothing in the checkpoint matches {', '.join(self.only)}", hint="ckptctl show STEP lists the names"
+            )
         return list(chosen.values())
 
     def _rename(self, name: str) -> str:

@@ -105,12 +105,10 @@ def restore(
         raise ConfigError("--part and --only don't go together", hint="give one of them")
     record: Record = Catalog.read(None, sources, tiers.run).resolve(step)
     target = LocalTier(folder.absolute())
-    if not target.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointExistsError(
-                f"{folder} is not empty and not a store", hint="restore into a new folder, or into an existing store"
-            )
-        target.create()
+    if not target.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointExistsError(
+            f"{folder} is not empty and not a store", hint="restore into a new folder, or into an existing store"
+        )
     if only:
         return _restore_some(tiers, record, target, only, progress)
     return _bring(tiers, record, target, part, progress)
@@ -124,6 +122,8 @@ def _bring(
     progress: ProgressCallback | None,
 ) -> Restored:
     sources, save_id = tiers.remotes, record.summary.save_id
+    if not target.exists():
+        target.create()
     was_there = any(save.save_id == save_id and save.state == "complete" for save in target.saves(tiers.run))
     path = pull(sources, save_id, target, part=part, progress=progress)
     found = Catalog.read(target, sources, tiers.run)
@@ -140,6 +140,8 @@ def _restore_some(
     """A checkpoint of some tensors, in the line and at the step of the whole one, numbered before it."""
     with CheckpointReader(record, None, tiers.remotes) as reader:
         chosen = Selection(only=tuple(only)).choose(reader)
+        if not target.exists():
+            target.create()
         stored = list({one.source: one for one in reversed(chosen)}.values())[::-1]
         first = {one.source: one.name for one in stored}
         aliases = {one.name: first[one.source] for one in chosen if one.name != first[one.source]}
