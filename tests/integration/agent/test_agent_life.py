@@ -21,7 +21,7 @@ import pytest
 from agent_node import Node, is_served, until
 from fake_trainer import ForkServer, complete_saves
 
-from ckptstore.agent import client as client_module
+from ckptstore.agent import conversation
 from ckptstore.agent.client import AgentClient
 from ckptstore.agent.protocol import PROTOCOL, Channel
 from ckptstore.agent.runtime import RuntimeDir, dial
@@ -286,7 +286,7 @@ def test_another_protocol_is_a_clear_error_and_an_idle_old_agent_makes_room(
 ) -> None:
     old = node.trainer()
     pid = old.client.agent_pid
-    monkeypatch.setattr(client_module, "PROTOCOL", PROTOCOL + 1)  # we are the newer trainer now
+    monkeypatch.setattr(conversation, "PROTOCOL", PROTOCOL + 1)  # we are the newer trainer now
     with pytest.raises(CkptError) as busy:
         node.trainer()
     assert "agent" in str(busy.value)
