@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from store_jobs import (
     latest,
     load,
     load_and_fetch,
+    load_each,
     load_from,
     load_from_a_dying_remote,
     load_on_nodes,
@@ -28,6 +30,7 @@ from store_jobs import (
 
 from ckptstore import CheckpointStore
 from ckptstore.format.manifest import ShardManifest
+from ckptstore.repo.packs import chunks_of
 
 
 @pytest.fixture
@@ -66,6 +69,32 @@ def test_each_byte_is_fetched_once_when_four_ranks_share_a_fresh_node(tmp_path: 
     fetched = sum(sources.get("file", 0) for _, sources, _ in results)
     assert fetched == results[0][2]
     assert sum(sources.get("peer", 0) for _, sources, _ in results) > 0
+
+
+def damage(file: Path) -> int:
+    """Flip a bit in every chunk of a shard file; the bytes of those chunks."""
+    manifest = ShardManifest.decode((file.parent / "shard-00000.json").read_bytes(), what="shard")
+    chunks = [chunk for row in chunks_of(manifest) for chunk in row if chunk.size_bytes]
+    data = bytearray(file.read_bytes())
+    for chunk in chunks:
+        data[chunk.offset] ^= 1
+    file.write_bytes(data)
+    return sum(chunk.size_bytes for chunk in chunks)
+
+
+def test_damaged_bytes_are_fetched_and_put_right_once_when_four_ranks_share_a_node(tmp_path: Path, bucket: str) -> None:
+    roots = {kind: tmp_path / kind for kind in ("ddp", "fsdp")}
+    (expected, *_), _ = run_ranks(2, save, "fsdp", str(roots["ddp"]), bucket, "remote")
+    shutil.copytree(roots["ddp"], roots["fsdp"])
+    files = {kind: next(root.rglob("__0_0.distcp")) for kind, root in roots.items()}
+    was = files["ddp"].read_bytes()
+    damaged_bytes = damage(files["ddp"])
+    damage(files["fsdp"])
+    results = run_ranks(4, load_each, {kind: str(root) for kind, root in roots.items()}, bucket)
+    for kind, file in files.items():
+        assert [result[kind][0] for result in results] == [expected] * 4
+        assert sum(result[kind][-1].get("file", 0) for result in results) == damaged_bytes
+        assert file.read_bytes() == was
 
 
 def test_ddp_replicas_are_stored_once(tmp_path: Path) -> None:
@@ -187,9 +216,20 @@ class TestTwoNodes:
             assert type(result).__name__ == "IntegrityError", result
             assert "model.0.weight" in str(result)
 
-    def test_lost_root_is_made_good_from_the_remote(self, tmp_path: Path, bucket: str) -> None:
-        import shutil
+    def test_damaged_copy_is_put_right_from_another_nodes_when_there_is_no_remote(self, tmp_path: Path) -> None:
+        roots = [str(tmp_path / f"node-{node}") for node in (0, 1)]
+        ((expected, *_),) = run_ranks(1, save, "plain", roots[0], None)
+        shutil.copytree(roots[0], roots[1])
+        file = next(Path(roots[0]).rglob("__0_0.distcp"))
+        was = file.read_bytes()
+        damaged_bytes = damage(file)
+        results = run_ranks(3, load_from, "ddp", [roots[0], roots[0], roots[1]], None)
+        assert [digest for digest, *_ in results] == [expected] * 3
+        taken = [sources.get("peer", 0) for *_, sources in results]
+        assert taken == [damaged_bytes, damaged_bytes, 0]
+        assert file.read_bytes() == was
 
+    def test_lost_root_is_made_good_from_the_remote(self, tmp_path: Path, bucket: str) -> None:
         root = str(tmp_path)
         (expected, *_), _ = run_ranks(2, save_on_nodes, root, bucket, "remote")
         shutil.rmtree(tmp_path / "node-1")

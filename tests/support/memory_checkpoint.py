@@ -112,6 +112,11 @@ class MemoryCheckpoint:
     def read_batch(self, wanted: Any) -> list[str]:
         return [self.read_chunk(*one) for one in wanted]
 
+    read_nearby = read_batch
+
+    def repair(self, rank: int, piece_index: int, chunk_index: int, good: memoryview) -> None:
+        """It has no disk."""
+
     def read_chunk(self, rank: int, piece_index: int, chunk_index: int, out: memoryview) -> str:
         chunk = self.chunks(rank, piece_index)[chunk_index]
         data = self.images[rank][chunk.offset : chunk.offset + chunk.size_bytes]

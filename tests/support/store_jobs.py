@@ -111,6 +111,11 @@ def load(rank: int, kind: str, root: str, remote: str | None) -> Any:
     return fingerprint(model, optimizer), state["epoch"], mine["rank"], dict(info.report.bytes_by_source)
 
 
+def load_each(rank: int, roots: dict[str, str], remote: str | None) -> Any:
+    """Loads one after another: kind -> the root it loads from."""
+    return {kind: load(rank, kind, root, remote) for kind, root in roots.items()}
+
+
 def node_root(root: str, rank: int, ranks_per_node: int = 1) -> str:
     """Each simulated node has its own root, and by that its own agent."""
     os.environ["LOCAL_RANK"] = str(rank % ranks_per_node)
@@ -185,16 +190,16 @@ def load_with_trouble(rank: int, root: str, trouble: str) -> Any:
     """Rank 1 is slow to read, or dies, in the middle of a load; the deadline is 2 s."""
     from ckptstore.repo.reader import CheckpointReader
 
-    read_batch = CheckpointReader.read_batch
+    read_nearby = CheckpointReader.read_nearby
 
     def troubled(self: CheckpointReader, wanted: Any) -> Any:
         if trouble == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(5)
-        return read_batch(self, wanted)
+        return read_nearby(self, wanted)
 
     if rank == 1:
-        CheckpointReader.read_batch = troubled  # type: ignore[method-assign]
+        CheckpointReader.read_nearby = troubled  # type: ignore[method-assign]
     model, optimizer = make("ddp", seed=1)
     store = CheckpointStore(root, config=StoreConfig(deadline_s=2, agent_idle_exit_seconds=5))
     store.load({"model": model, "optimizer": optimizer})
@@ -302,3 +307,21 @@ def killed_in_copy(rank: int, root: str, victim: int, after_bytes: float) -> Any
         big.add_(1)
         handle = store.save(state, step)
     return handle is not None
+
+
+def prepare_on_ranks(rank: int, root: str) -> Any:
+    model, optimizer = make("fsdp")
+    state = {"model": model, "optimizer": optimizer}
+    with CheckpointStore(root, config=QUICK) as store:
+        store.prepare(state)
+        arena = _session(store)._arena
+        store.save(state, 7).wait("local", 60)
+        return _session(store)._arena is arena, [info.step for info in store.checkpoints()]
+
+
+def prepare_in_vain(rank: int, root: str) -> Any:
+    with CheckpointStore(root, config=QUICK) as store:
+        try:
+            store.prepare({"w": torch.ones(3)}) if rank else store.save({"w": torch.ones(3)}, 1)
+        except Exception as error:
+            return error

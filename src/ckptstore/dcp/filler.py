@@ -2,7 +2,8 @@
 
 A chunk is a run of elements of a stored box. Where such a run is a run of the target's memory too, it is read straight
 into it; otherwise into a buffer and from there, box by box, into place. Chunks are read in file order, in batches of
-neighbours, several batches at once. With peers, chunks that another rank reads for this one arrive in windows. So
+neighbours, several batches at once. With peers, chunks that another rank reads for this one arrive in windows; and what
+a node's disk holds damaged is found in a first round, so that a second one brings it there once for all its ranks. So
 memory stays at the target plus a few batches.
 """
 
@@ -75,6 +76,7 @@ class Filler:
         self._readers = readers
         self._lock = threading.Lock()
         self._parts: dict[ChunkId, list[Part]] = {}
+        self._damaged: set[ChunkId] = set()  # on this node's disk
         self._is_cut_off = False  # this rank can't reach what it should read for others
         self.touched: set[str] = set()
         self.bytes_by_source: Counter[str] = Counter()
@@ -105,27 +107,52 @@ class Filler:
             CkptError: this rank could not get its bytes.
             SaveFailedError: a peer was lost.
         """
-        found = self._shared()
-        mine = {d.chunk: d for d in found if self._agreement is not None and self._agreement.rank in d.takers}
-        alone = [chunk for chunk in sorted(self._parts) if chunk not in mine]
-        batches = list(self._batched(alone, max(_LEAST_BATCH_BYTES, WINDOW_BYTES // threads)))
-        if self._agreement is None and len(batches) <= 1:
-            for batch in batches:
-                self._read_batch(batch)
+        chunks, agreement, readers = sorted(self._parts), self._agreement, self._readers
+        if agreement is None or readers is None:
+            self._round(chunks, [], threads)
             return
+        absent = [chunk for chunk in chunks if not readers.is_here(agreement.rank, chunk[0])]
+        damaged = self._round(chunks, self._shared(agreement, readers, absent), threads, nearby=readers)
+        if damaged is None:
+            return
+        found = self._shared(agreement, readers, damaged)
+        self._damaged.update(damaged)
+        self._round(damaged, found, threads)
+
+    def _round(
+        self, chunks: Sequence[ChunkId], found: list[Delivery], threads: int, *, nearby: Readers | None = None
+    ) -> list[ChunkId] | None:
+        """Collective, with others. Read these chunks, of which those of ``found`` travel.
+
+        Args:
+            nearby: what is on this node's disk is read from there alone.
+
+        Returns:
+            The chunks that are damaged there; None if some rank has failed.
+        """
+        rank = self._agreement.rank if self._agreement is not None else 0
+        mine = {delivery.chunk: delivery for delivery in found if rank in delivery.takers}
+        alone = [chunk for chunk in chunks if chunk not in mine]
+        batches = list(self._batched(alone, max(_LEAST_BATCH_BYTES, WINDOW_BYTES // threads)))
+
+        def read(batch: Sequence[ChunkId]) -> list[ChunkId]:
+            return self._read_batch(batch, nearby=nearby is not None and nearby.is_here(rank, batch[0][0]))
+
+        if self._agreement is None and len(batches) <= 1:
+            return [chunk for batch in batches for chunk in read(batch)]
         pool = ThreadPoolExecutor(max(1, min(threads, len(batches))), thread_name_prefix="ckptstore-load")
+        is_whole = True
         try:
-            futures = [pool.submit(self._read_batch, batch) for batch in batches]
+            futures = [pool.submit(read, batch) for batch in batches]
             if self._agreement is not None:
                 left = self._share(self._agreement, found, futures)
                 rest = self._batched(sorted(left), _LEAST_BATCH_BYTES)
                 futures += [pool.submit(self._read_at_last, [mine[chunk] for chunk in batch]) for batch in rest]
-                self._attend(self._agreement, futures, futures)
-            for future in futures:
-                if self._agreement is None or future.done():
-                    future.result()
+                is_whole = self._attend(self._agreement, futures, futures)
+            done = [future.result() for future in futures if is_whole or future.done()]
         finally:
             pool.shutdown(cancel_futures=True)
+        return [chunk for damaged in done for chunk in damaged] if is_whole else None
 
     # -- for itself ---------------------------------------------------------------------------------------------------
 
@@ -156,7 +183,8 @@ class Filler:
         if batch:
             yield batch
 
-    def _read_batch(self, batch: Sequence[ChunkId]) -> None:
+    def _read_batch(self, batch: Sequence[ChunkId], *, nearby: bool = False) -> list[ChunkId]:
+        """Read them from wherever they are; or from this node alone: returns those that are not whole here."""
         wanted: list[tuple[int, int, int, memoryview]] = []
         indirect: list[tuple[ChunkId, memoryview]] = []
         for chunk in batch:
@@ -167,10 +195,18 @@ class Filler:
                 indirect.append((chunk, out))
             wanted.append((*chunk, out))
             self._touch(parts)
-        for one, where in zip(wanted, self._source.read_batch(wanted), strict=True):
-            self._count(where, one[3].nbytes)
+        sources = self._source.read_nearby(wanted) if nearby else self._source.read_batch(wanted)
+        damaged = []
+        for chunk, one, where in zip(batch, wanted, sources, strict=True):
+            if where is None:
+                damaged.append(chunk)
+            else:
+                self._count(where, one[3].nbytes)
+        lost = set(damaged)
         for chunk, out in indirect:
-            self._place(chunk, out)
+            if chunk not in lost:
+                self._place(chunk, out)
+        return damaged
 
     def _place(self, chunk: ChunkId, data: memoryview) -> None:
         """Copy a verified chunk to where it belongs."""
@@ -192,18 +228,14 @@ class Filler:
 
     # -- with others --------------------------------------------------------------------------------------------------
 
-    def _shared(self) -> list[Delivery]:
-        """Collective, with others: the chunks that travel."""
-        if self._agreement is None or self._readers is None:
-            return []
-        readers, rank = self._readers, self._agreement.rank
-        absent = [chunk for chunk in sorted(self._parts) if not readers.is_here(rank, chunk[0])]
-        packed = np.array(absent, dtype=np.int32).tobytes()
-        everybody = self._agreement.gather(packed, what="telling which chunks are wanted")
+    def _shared(self, agreement: Agreement, readers: Readers, lacking: Sequence[ChunkId]) -> list[Delivery]:
+        """Collective. The chunks that travel, when each rank has told which ones its node lacks."""
+        packed = np.array(lacking, dtype=np.int32).tobytes()
+        everybody = agreement.gather(packed, what="telling which chunks are wanted")
         wants = [np.frombuffer(data, dtype=np.int32).reshape(-1, 3).tolist() for data in everybody]
-        return deliveries([[(a, b, c) for a, b, c in chunks] for chunks in wants], self._readers, self._size_of)
+        return deliveries([[(a, b, c) for a, b, c in chunks] for chunks in wants], readers, self._size_of)
 
-    def _share(self, agreement: Agreement, found: list[Delivery], own: Sequence[Future[None]]) -> set[ChunkId]:
+    def _share(self, agreement: Agreement, found: list[Delivery], own: Sequence[Future[Any]]) -> set[ChunkId]:
         """Collective. Give and take, window by window; returns the chunks that arrived damaged or not at all."""
         rounds = windows(found)
         left: set[ChunkId] = set()
@@ -222,7 +254,7 @@ class Filler:
             pool.shutdown(cancel_futures=True)
         return left
 
-    def _attend(self, agreement: Agreement, until: Sequence[Future[Any]], own: Sequence[Future[None]]) -> bool:
+    def _attend(self, agreement: Agreement, until: Sequence[Future[Any]], own: Sequence[Future[Any]]) -> bool:
         """Collective. Wait until every rank's ``until`` are done, giving signs of life; False if a rank has failed."""
         pause = 0.002
         while True:
@@ -307,6 +339,8 @@ class Filler:
             at += delivery.size_bytes
             if digest(view) == self._source.chunks(chunk[0], chunk[1])[chunk[2]].digest:
                 self._take(chunk, view, PEER)
+                if chunk in self._damaged and self._readers is not None and self._readers.repairs(rank, delivery):
+                    self._source.repair(*chunk, view)
             else:
                 left.add(chunk)
         for delivery in window:
@@ -322,15 +356,13 @@ class Filler:
         self._place(chunk, data)
         self._count(where, data.nbytes)
 
-    def _read_at_last(self, found: Sequence[Delivery]) -> None:
+    def _read_at_last(self, found: Sequence[Delivery]) -> list[ChunkId]:
         """Chunks that other ranks should have given: read them from wherever this rank can."""
         try:
-            self._read_batch([delivery.chunk for delivery in found])
+            return self._read_batch([delivery.chunk for delivery in found])
         except IntegrityError as error:
             if len(found) > 1:
-                for delivery in found:
-                    self._read_at_last([delivery])
-                return
+                return [chunk for delivery in found for chunk in self._read_at_last([delivery])]
             raise IntegrityError(
                 f"{error.message}; the copy that rank {found[0].sender} can read is no good either",
                 hint=error.hint,

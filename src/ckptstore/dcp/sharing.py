@@ -2,9 +2,9 @@
 
 A rank reads what its node's disk holds. What only another node's disk holds is read by a rank there. What only remotes
 hold is read by one of the ranks of a node that want it, so each remote byte comes to a node once; or, if the job asks
-for that, by one rank of the job, so that of all replicas only the first costs the remote anything. Whoever reads for
-others hands the bytes over the ranks' own process group, in windows of bounded size that all ranks go through in step.
-Every rank computes the same from the same words.
+for that, by one rank of the job, so that of all replicas only the first costs the remote anything. What turns out to be
+damaged on a node's disk counts as not held there. Whoever reads for others hands the bytes over the ranks' own process
+group, in windows of bounded size that all ranks go through in step. Every rank computes the same from the same words.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class Readers:
         """Ranks that can read that shard file from their node's disk; none if only remotes have it."""
         return tuple(rank for rank in range(len(self.nodes)) if self.is_here(rank, saved_by))
 
+    def repairs(self, rank: int, delivery: Delivery) -> bool:
+        """Whether this taker mends its node's disk with what came from another node: one rank of each node does."""
+        node = self.nodes[rank]
+        return node != self.nodes[delivery.sender] and rank == next(r for r in delivery.takers if self.nodes[r] == node)
+
 
 @dataclass(frozen=True)
 class Delivery:
@@ -62,7 +67,7 @@ def deliveries(
     """Which of the wanted chunks travel, and from whom to whom; each rank reads the others for itself.
 
     Args:
-        wants: for each rank, the chunks it wants and that its own node's disk lacks.
+        wants: for each rank, the chunks it wants and that its own node's disk lacks, or holds damaged.
         readers: who can read what.
         size_of: bytes of a chunk.
     """
@@ -81,7 +86,8 @@ def deliveries(
 
     for chunk in sorted(takers):
         size, ranks = size_of(chunk), takers[chunk]
-        holders = holders_of(chunk[0])
+        lacking = {readers.nodes[rank] for rank in ranks}
+        holders = tuple(rank for rank in holders_of(chunk[0]) if readers.nodes[rank] not in lacking)
         if holders:
             found.append(Delivery(chunk, size, pick(holders, size), tuple(ranks)))
             continue

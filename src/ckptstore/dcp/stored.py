@@ -68,6 +68,12 @@ class ChunkSource(Protocol):
         Each is (rank, number of the piece, number of the chunk, out).
         """
 
+    def read_nearby(self, wanted: Sequence[tuple[int, int, int, memoryview]]) -> list[str | None]:
+        """The same from this node alone; None for each chunk that is not whole here."""
+
+    def repair(self, rank: int, piece_index: int, chunk_index: int, good: memoryview) -> None:
+        """Replace this node's damaged bytes of a chunk, as far as that is possible."""
+
 
 @dataclass(frozen=True)
 class Stub:

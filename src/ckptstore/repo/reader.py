@@ -211,33 +211,26 @@ class CheckpointReader:
         Raises:
             IntegrityError, TransientError, StorageError: as :meth:`read_chunk`, for the first that can't be had.
         """
-        sources: list[str | None] = []
-        missing: list[tuple[int, Wanted, Failures]] = []
-        with ShardFiles() as files:
-            for number, (rank, piece_index, chunk_index, out) in enumerate(wanted):
-                chunk = self._tables[rank][piece_index][chunk_index]
-                view = out.cast("B")
-                if view.nbytes != chunk.size_bytes:
-                    raise ValueError(f"out has {view.nbytes} bytes, the chunk {chunk.size_bytes}")
-                failures = Failures()
-                if self._try_image(rank, chunk, view):
-                    sources.append(ARENA)
-                    continue
-                is_here = self._save is not None and self._try_local(files, rank, chunk, view, failures)
-                sources.append(LOCAL if is_here else None)
-                if not is_here:
-                    missing.append((number, Wanted(self._refs[rank], chunk, view), failures))
+        sources, missing = self._nearby(wanted)
         if missing:
             found = self._chunks.read_many([one for _, one, _ in missing])
             for (number, one, failures), source in zip(missing, found, strict=True):
                 sources[number] = source if source is not None else self._read_at_last(one, failures)
                 if self._save is not None:
                     self._repair(one.ref.rank, one.chunk, one.out)
-        return [
-            self._count(source, one[3].nbytes)
-            for source, one in zip(sources, wanted, strict=True)
-            if source is not None
-        ]
+        self._count(sources, wanted)
+        return [source for source in sources if source is not None]
+
+    def read_nearby(self, wanted: Sequence[tuple[int, int, int, memoryview]]) -> list[str | None]:
+        """As :meth:`read_batch`, but from this node's memory and disk alone; None for each that is not whole there."""
+        sources, _ = self._nearby(wanted)
+        self._count(sources, wanted)
+        return sources
+
+    def repair(self, rank: int, piece_index: int, chunk_index: int, good: memoryview) -> None:
+        """Put the verified bytes of a chunk, which somebody else had, where damaged ones are on this node's disk."""
+        if self._save is not None:
+            self._repair(rank, self._tables[rank][piece_index][chunk_index], good)
 
     # --- manifests
 
@@ -311,6 +304,28 @@ class CheckpointReader:
 
     # --- bytes
 
+    def _nearby(
+        self, wanted: Sequence[tuple[int, int, int, memoryview]]
+    ) -> tuple[list[str | None], list[tuple[int, Wanted, Failures]]]:
+        """What memory and disk have, by source; and what they lack: its number, what to ask for, what was tried."""
+        sources: list[str | None] = []
+        missing: list[tuple[int, Wanted, Failures]] = []
+        with ShardFiles() as files:
+            for number, (rank, piece_index, chunk_index, out) in enumerate(wanted):
+                chunk = self._tables[rank][piece_index][chunk_index]
+                view = out.cast("B")
+                if view.nbytes != chunk.size_bytes:
+                    raise ValueError(f"out has {view.nbytes} bytes, the chunk {chunk.size_bytes}")
+                failures = Failures()
+                if self._try_image(rank, chunk, view):
+                    sources.append(ARENA)
+                    continue
+                is_here = self._save is not None and self._try_local(files, rank, chunk, view, failures)
+                sources.append(LOCAL if is_here else None)
+                if not is_here:
+                    missing.append((number, Wanted(self._refs[rank], chunk, view), failures))
+        return sources, missing
+
     def _read_at_last(self, one: Wanted, failures: Failures) -> str:
         """One chunk on its own, from every remote; or the verdict with all reasons."""
         source = self._chunks.read(one.ref, one.chunk, one.out, failures)
@@ -346,7 +361,8 @@ class CheckpointReader:
             with self._lock:
                 self._repaired.add(shard.file)
 
-    def _count(self, source: str, size_bytes: int) -> str:
+    def _count(self, sources: Sequence[str | None], wanted: Sequence[tuple[int, int, int, memoryview]]) -> None:
         with self._lock:
-            self._bytes[source] += size_bytes
-        return source
+            for source, one in zip(sources, wanted, strict=True):
+                if source is not None:
+                    self._bytes[source] += one[3].nbytes

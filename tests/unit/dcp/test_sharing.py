@@ -16,17 +16,25 @@ def size_of(chunk: ChunkId) -> int:
 
 @st.composite
 def jobs(draw: st.DrawFn) -> tuple[list[list[ChunkId]], Readers]:
-    """Ranks on nodes that hold some shards, and what each rank wants that its node lacks."""
+    """Ranks on nodes that hold some shards, and what each rank wants that its node lacks or holds damaged."""
     world_size = draw(st.integers(1, 6))
     numbers = [draw(st.integers(0, 3)) for _ in range(world_size)]
     nodes = tuple(list(dict.fromkeys(numbers)).index(number) for number in numbers)
     held = tuple(draw(st.frozensets(st.integers(0, 3))) for _ in range(max(nodes) + 1))
     readers = Readers(nodes, held, draw(st.booleans()))
     chunk = st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 3))
+    is_damaged = draw(st.booleans())
     wants = [
-        sorted(c for c in draw(st.frozensets(chunk)) if not readers.is_here(rank, c[0])) for rank in range(world_size)
+        sorted(c for c in draw(st.frozensets(chunk)) if is_damaged or not readers.is_here(rank, c[0]))
+        for rank in range(world_size)
     ]
     return wants, readers
+
+
+def whole(wants: list[list[ChunkId]], readers: Readers, chunk: ChunkId) -> set[int]:
+    """Ranks whose node's disk has it, and of whose node nobody says that it is damaged there."""
+    lacking = {readers.nodes[rank] for rank, chunks in enumerate(wants) if chunk in chunks}
+    return {rank for rank in readers.holders(chunk[0]) if readers.nodes[rank] not in lacking}
 
 
 @given(jobs())
@@ -38,7 +46,7 @@ def test_every_chunk_comes_from_a_rank_that_can_read_it_and_only_to_those_that_w
     received = Counter((taker, d.chunk) for d in found for taker in d.takers)
     assert set(received.values()) <= {1}
     for d in found:
-        holders = readers.holders(d.chunk[0])
+        holders = whole(wants, readers, d.chunk)
         assert all(d.chunk in wants[taker] for taker in d.takers)
         if holders:
             assert d.sender in holders, "a node's disk comes before a remote"
@@ -46,6 +54,8 @@ def test_every_chunk_comes_from_a_rank_that_can_read_it_and_only_to_those_that_w
             assert d.sender in d.takers
             one_node = len({readers.nodes[taker] for taker in d.takers}) == 1
             assert one_node or readers.once_per_job, "what a remote gives stays on the node"
+        menders = [readers.nodes[taker] for taker in d.takers if readers.repairs(taker, d)]
+        assert sorted(menders) == sorted({readers.nodes[t] for t in d.takers} - {readers.nodes[d.sender]})
     for rank, chunks in enumerate(wants):
         for chunk in chunks:
             neighbours = [
@@ -53,7 +63,7 @@ def test_every_chunk_comes_from_a_rank_that_can_read_it_and_only_to_those_that_w
                 for r, other in enumerate(wants)
                 if chunk in other and (readers.once_per_job or readers.nodes[r] == readers.nodes[rank])
             ]
-            is_alone = not readers.holders(chunk[0]) and len(neighbours) == 1
+            is_alone = not whole(wants, readers, chunk) and len(neighbours) == 1
             assert received[rank, chunk] == (not is_alone)
 
 
