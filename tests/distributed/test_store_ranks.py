@@ -11,6 +11,7 @@ from store_jobs import (
     die,
     different_step,
     fetch_on_nodes,
+    go_on_on_nodes,
     latest,
     load,
     load_and_fetch,
@@ -30,6 +31,9 @@ from store_jobs import (
 
 from ckptstore import CheckpointStore
 from ckptstore.format.manifest import ShardManifest
+from ckptstore.ops.open import open_place
+from ckptstore.ops.repair import repair
+from ckptstore.ops.verify import Depth, verify
 from ckptstore.repo.packs import chunks_of
 
 
@@ -228,6 +232,25 @@ class TestTwoNodes:
         taken = [sources.get("peer", 0) for *_, sources in results]
         assert taken == [damaged_bytes, damaged_bytes, 0]
         assert file.read_bytes() == was
+
+    def test_lost_file_is_brought_back_by_its_own_node_and_by_verify(self, tmp_path: Path, bucket: str) -> None:
+        root, here = str(tmp_path), tmp_path / "node-1"
+        (expected, *_), _ = run_ranks(2, save_on_nodes, root, bucket, "remote")
+        lost = next(here.rglob("__1_0.distcp"))
+        was = lost.read_bytes()
+        lost.unlink()
+        assert run_ranks(2, go_on_on_nodes, root, bucket, str(lost), was) == [(expected, True)] * 2
+        assert not list(here.rglob("__0_0.distcp")), "the other node's part stays there"
+
+        lost.unlink()
+        tiers = open_place(str(here), bucket).tiers("default")
+        found = verify(tiers, "10", everything=False, read_data=True)
+        assert [finding.what for finding in found.findings] == ["__1_0.distcp is missing"]
+        done = repair(tiers, found, Depth(read_data=True))
+        assert (done.reasons, done.aside) == ([], [])
+        assert [finding.is_repaired for finding in found.findings] == [True]
+        assert lost.read_bytes() == was
+        assert not list(here.rglob("__0_0.distcp"))
 
     def test_lost_root_is_made_good_from_the_remote(self, tmp_path: Path, bucket: str) -> None:
         root = str(tmp_path)

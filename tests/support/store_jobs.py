@@ -137,6 +137,21 @@ def load_on_nodes(rank: int, root: str, remote: str | None) -> Any:
     return load(rank, "fsdp", node_root(root, rank), remote)
 
 
+def go_on_on_nodes(rank: int, root: str, remote: str, lost: str, was: bytes) -> Any:
+    """A job goes on where a file is lost: what it loads, and whether the file is back after the next save."""
+    file = Path(lost)
+    model, optimizer = make("fsdp", seed=1)
+    state = {"model": model, "optimizer": optimizer}
+    with CheckpointStore(node_root(root, rank), remote=remote, config=QUICK) as store:
+        store.load(state)
+        loaded = fingerprint(model, optimizer)
+        store.save(state, 11, wait="local")
+        deadline = time.monotonic() + 60
+        while not (is_back := file.exists() and file.read_bytes() == was) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    return loaded, is_back
+
+
 def load_from(rank: int, kind: str, roots: list[str], remote: str | None) -> Any:
     """Rank r runs on the node whose local root is ``roots[r]``."""
     return load(rank, kind, roots[rank], remote)

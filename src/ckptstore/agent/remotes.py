@@ -70,7 +70,7 @@ class RunRemotes:
                 uploader.on_retry = self._retried
 
     def mend(self, save_id: str) -> None:
-        """Bring files that the local copy of a save has lost back from the remotes, in a thread; once at a time."""
+        """Bring files that this node's copy of a save has lost back from the remotes, in a thread; once at a time."""
         names.check_save_id(save_id)
         with self._condition:
             if save_id in self._mending:
@@ -85,7 +85,8 @@ class RunRemotes:
         try:
             remotes += [uploader.apart() for uploader in list(self.uploaders.values())]
             if remotes:
-                log.info("the local copy of save %s is whole again: %s", save_id, pull(remotes, save_id, self._tier))
+                path = pull(remotes, save_id, self._tier, parts_of_node=True)
+                log.info("the local copy of save %s is whole again: %s", save_id, path)
         except CkptError as error:
             log.warning("the local copy of save %s stays as it is: %s", save_id, error)
         finally:

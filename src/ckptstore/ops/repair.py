@@ -55,10 +55,6 @@ class Repaired:
     aside: list[Aside] = field(default_factory=list)
 
 
-class _PartElsewhereError(IntegrityError):
-    """Other nodes hold parts of it: what is missing here says nothing about the checkpoint."""
-
-
 def repair(tiers: RunTiers, found: Verification, depth: Depth, *, delete: bool = False) -> Repaired:
     """Repair what ``found`` says is damaged; marks in it what is whole now. Sets aside what can't be.
 
@@ -75,7 +71,7 @@ def repair(tiers: RunTiers, found: Verification, depth: Depth, *, delete: bool =
         step = mine[0].step
         for tier, error in errors.items():
             done.reasons.append(f"step {step}, {tier}: {error.message}")
-            if isinstance(error, DAMAGE) and not isinstance(error, _PartElsewhereError):
+            if isinstance(error, DAMAGE):
                 try:
                     done.aside += _put_aside(tiers, tier, step, save_id, delete)
                 except CkptError as refused:
@@ -132,12 +128,8 @@ def _repair_local(tier: LocalTier, tiers: RunTiers, save_id: str) -> None:
         rederive(tier, tiers.run, save)
     elif save is not None:
         roll_forward(tier, tiers.run, save_id)
-    if save is not None and save.summary is not None and save.summary.num_nodes > 1:
-        raise _PartElsewhereError(
-            "this node holds only its own part of it", hint="loading repairs it; or `ckptctl restore` to a new folder"
-        )
     if remotes := [remote for remote in tiers.remotes if _place(remote, save_id) is not None]:
-        pull(remotes, save_id, tier, reverify=True)
+        pull(remotes, save_id, tier, reverify=True, parts_of_node=True)
 
 
 def _repair_remote(tiers: RunTiers, remote: RemoteTier, save_id: str, packs: set[str]) -> None:
@@ -176,11 +168,16 @@ def _send(tier: LocalTier, path: Path, run: str, remote: RemoteTier, packs: set[
 
 
 def _put_aside(tiers: RunTiers, tier: str, step: int, save_id: str, delete: bool) -> list[Aside]:
-    """Nothing where the copy is not committed: that counts as no checkpoint already, and may be being written."""
+    """Nothing where the copy is not committed: that counts as no checkpoint already, and may be being written.
+
+    Nor where it is a node's part of one: the others would be of no use without it, which may be repaired yet.
+    """
     where: str | None = None
     if tier == LOCAL:
         save = tiers.local.find(tiers.run, save_id) if tiers.local is not None else None
         if tiers.local is None or save is None or save.state != "complete":
+            return []
+        if save.summary is not None and save.summary.num_nodes > 1:
             return []
         if delete:
             tiers.local.delete(tiers.run, save_id)

@@ -11,6 +11,7 @@ from ckptstore.format import stock
 from ckptstore.format.manifest import RootManifest, ShardManifest, digest
 from ckptstore.ops.findings import Breach, Depth, Step, bytes_of, root_fits, twice
 from ckptstore.repo.catalog import Record
+from ckptstore.repo.directory import parts_of_node
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.packs import chunks_of
 
@@ -30,10 +31,8 @@ def check_local(tier: LocalTier, run: str, record: Record, depth: Depth) -> Iter
     if bytes_of(summary) != root.summary.encode():
         yield Breach("summary.json is not what the manifest says", object="summary.json")
     shards: list[ShardManifest] = []
-    for ref in root.shards:
+    for ref in parts_of_node(save.path, root):
         file = save.path / ref.file
-        if not file.exists() and record.summary.num_nodes > 1:
-            continue  # another node's part
         shard, breach = twice(lambda ref=ref: tier.shard_manifest(save.path, ref), f"shard-{ref.rank:05d}.json")  # type: ignore[misc]
         if breach is not None:
             yield breach

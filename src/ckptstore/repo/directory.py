@@ -134,6 +134,24 @@ def read_shard_manifests_present(path: Path) -> list[ShardManifest]:
     return present
 
 
+def parts_of_node(path: Path, root: RootManifest) -> list[ShardRef]:
+    """The parts that belong in this directory: of a save of several nodes those of each node that has something here.
+
+    A part that has lost its shard file or its manifest is known by the other one, or by the other parts of its node.
+
+    Raises:
+        StorageError: a file can't be looked at.
+    """
+    if root.summary.num_nodes == 1:
+        return list(root.shards)
+    nodes = {
+        ref.node
+        for ref in root.shards
+        if file_bytes(path / ref.file) is not None or file_bytes(path / names.shard_manifest_file(ref.rank)) is not None
+    }
+    return [ref for ref in root.shards if ref.node in nodes]
+
+
 def file_bytes(path: Path) -> int | None:
     """Size of a regular file; None when there is none under this name.
 

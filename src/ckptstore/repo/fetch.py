@@ -51,6 +51,7 @@ def pull(
     *,
     part: tuple[int, int] | None = None,
     reverify: bool = False,
+    parts_of_node: bool = False,
     concurrency: int = 4,
     progress: ProgressCallback | None = None,
 ) -> Path:
@@ -66,6 +67,7 @@ def pull(
             shards are here, whoever brings them.
         reverify: Trust nothing that is here: read every byte of these shards, and replace what is wrong or missing.
             Otherwise a complete checkpoint is left as it is.
+        parts_of_node: Of a save of several nodes that is here in part, only what belongs to it.
         concurrency: Requests in flight.
         progress: Called often, from several threads, one at a time.
 
@@ -89,7 +91,8 @@ def pull(
     root = None if reverify or here is None or not is_complete else _local_root(tier, run, here)
     if root is None:
         root = _remote_root(tiers, save)
-    wanted = [ref for ref in root.shards if ref.rank % count == index]
+    refs = directory.parts_of_node(here.path, root) if here is not None and parts_of_node else root.shards
+    wanted = [ref for ref in refs if ref.rank % count == index]
     if here is not None and is_complete and not reverify and all(_is_here(here.path, ref) for ref in wanted):
         return here.path
     meter = Meter(sum(ref.size_bytes for ref in wanted), progress)

@@ -25,6 +25,7 @@ from ckptstore.errors import (
 from ckptstore.format.manifest import ShardManifest, Summary
 from ckptstore.repo.catalog import Catalog, Record
 from ckptstore.repo.commit import roll_forward as complete_part
+from ckptstore.repo.directory import parts_of_node
 from ckptstore.repo.local import LocalTier
 from ckptstore.repo.peers import Told
 from ckptstore.repo.reader import CheckpointReader
@@ -88,7 +89,7 @@ class Loaded(NamedTuple):
 
     Attributes:
         report: what the load did; the info's.
-        is_torn_here: the local copy lacks files that a remote has.
+        is_torn_here: this node's copy lacks files that a remote has.
     """
 
     info: CheckpointInfo
@@ -121,6 +122,9 @@ def load(
         return None
     with opened.reader as reader:
         is_torn = _is_torn_here(opened.record, reader)
+        if is_torn and nodes.is_leader:
+            step_here = opened.record.summary.step
+            log.warning("the local copy of step %s lacks files; the next save has them fetched", step_here)
         report = load_into(
             state,
             reader,
@@ -136,10 +140,10 @@ def load(
 
 
 def _is_torn_here(record: Record, reader: CheckpointReader) -> bool:
-    """Whether this node's copy has lost whole files. Of several nodes each holds its own part only: unknown."""
-    if record.local is None or record.summary.num_nodes > 1 or not record.remote:
+    """Whether this node's copy has lost whole files."""
+    if record.local is None or not record.remote:
         return False
-    return len(reader.ranks_on_disk) < reader.world_size
+    return not reader.ranks_on_disk.issuperset(ref.rank for ref in parts_of_node(record.local.path, reader.root))
 
 
 @dataclass(frozen=True)

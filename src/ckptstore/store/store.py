@@ -285,8 +285,6 @@ class CheckpointStore:
                 self._tally.tell(agent)
             summary = loaded.record.summary
             if loaded.is_torn_here:
-                if agreement.rank == 0:
-                    log.warning("the local copy of step %s lacks files; the next save has them fetched", summary.step)
                 self._torn = summary.save_id
             self._timeline.resumed(Parent(save_id=summary.save_id, timeline=summary.timeline, step=summary.step))
             return loaded.info
