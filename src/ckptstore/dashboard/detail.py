@@ -20,7 +20,7 @@ MAX_BOXES = 1500
 MAX_FOLDERS = 32
 #: Steps of a rank's save, in the order they happen.
 RANK_STAGES = ("reserve", "plan", "copy", "hand_over")
-NODE_STAGES = ("write", "fsync", "commit")
+NODE_STAGES = ("queued", "write", "fsync", "commit")
 
 
 @dataclass(frozen=True)

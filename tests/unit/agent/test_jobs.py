@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ckptstore.agent import disk
 from ckptstore.agent.arena import State
 from ckptstore.agent.job import Attachment
 from ckptstore.agent.jobs import RunJobs
@@ -50,7 +51,7 @@ class Rank:
 
     def request(self, save_id: str = SAVE, **changes: Any) -> SealRequest:
         summary = Summary(
-            run="run", save_id=save_id, timeline=1, step=5, created_at="2026-01-01T00:00:00.000Z", job="j",
+            run=self.jobs.run, save_id=save_id, timeline=1, step=5, created_at="2026-01-01T00:00:00.000Z", job="j",
             world_size=self.world_size,
         )  # fmt: skip
         request = SealRequest(
@@ -65,9 +66,9 @@ class Rank:
     def lose(self) -> None:
         self.jobs.detach(self.attachment, is_gone=True, was_closed=False)
 
-    def wait(self, kind: str) -> Event:
+    def wait(self, kind: str, save_id: str = "") -> Event:
         def found() -> Event | None:
-            return next((e for e in self.events if e.kind == kind), None)
+            return next((e for e in self.events if e.kind == kind and e.save_id.endswith(save_id)), None)
 
         with self._arrived:
             assert self._arrived.wait_for(found, 30), [e.kind for e in self.events]
@@ -140,6 +141,61 @@ def test_a_save_is_dropped_when_a_rank_says_goodbye_before_its_seal(jobs: RunJob
     ranks[0].seal()
     jobs.detach(ranks[1].attachment, is_gone=True, was_closed=True)
     assert "closed its store" in ranks[0].wait("failed").data["message"]
+
+
+class Disk:
+    """One that hangs for a run until it is let go on, and knows which blocks it was asked to write."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, run: str) -> None:
+        self.asked: list[str] = []
+        self.is_asked, self.goes_on = threading.Event(), threading.Event()
+        genuine = disk.write_block
+
+        def write_block(fd: int, block: memoryview, offset: int) -> int:
+            path = Path(f"/proc/self/fd/{fd}").readlink()
+            if path.parts[-3] == run:
+                self.asked.append(path.parent.name.removeprefix(".staging-"))
+                self.is_asked.set()
+                assert self.goes_on.wait(30)
+            return genuine(fd, block, offset)
+
+        monkeypatch.setattr(disk, "write_block", write_block)
+
+
+def test_a_runs_saves_are_written_in_turn(jobs: RunJobs, ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = Disk(monkeypatch, "run")
+    for count in (1, 2):
+        for rank in ranks:
+            rank.seal(f"0123456789ab-{count}")
+    assert busy.is_asked.wait(30)
+    assert jobs.discard("0123456789ab-2", "not wanted")
+    assert ranks[0].wait("failed", "-2").data["message"] == "not wanted", "it does not wait for its turn"
+    for rank in ranks:
+        rank.seal("0123456789ab-3")
+    threading.Event().wait(0.1)  # nothing is hoped for meanwhile: were there no turns, the third would be asked for
+    busy.goes_on.set()
+    ranks[0].wait("local", "-3")
+    assert busy.asked == sorted(busy.asked)
+    assert set(busy.asked) == {"0123456789ab-1", "0123456789ab-3"}
+    assert [e.save_id[-1] for e in ranks[0].events if e.kind == "local"] == ["1", "3"]
+
+
+def test_a_save_does_not_wait_for_another_runs(
+    jobs: RunJobs, ranks: list[Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = Disk(monkeypatch, "run")
+    for rank in ranks:
+        rank.seal()
+    assert busy.is_asked.wait(30)
+    jobs._tier.make_run("other")
+    other = RunJobs(jobs._condition, jobs._tier, jobs._directory, "other", jobs.config, jobs._clock)
+    others = [Rank(other, 0), Rank(other, 1)]
+    for rank in others:
+        rank.seal("00000000000b-1")
+    others[0].wait("local")
+    assert jobs.is_staging()
+    busy.goes_on.set()
+    ranks[0].wait("local")
 
 
 def test_every_rank_may_die_once_all_have_sealed(jobs: RunJobs, ranks: list[Rank]) -> None:

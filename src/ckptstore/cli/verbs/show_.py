@@ -92,10 +92,12 @@ _STAGES = {
     "copy": "copy into the arena",
     "hand_over": "hand the copy over to the agent",
     "slow_path": "some state had to be asked for",
+    "queued": "wait until the save before was written",
     "write": "write and fsync the shard files",
     "fsync": "of this, fsync",
     "commit": "manifests, fsync, rename",
 }
+_NODE_STAGES = ("queued", "write", "fsync", "commit")
 
 
 def _print_timing(details: Details) -> None:
@@ -113,7 +115,7 @@ def _print_timing(details: Details) -> None:
         for rank, spans in sorted(timing.get("ranks", {}).items(), key=lambda item: int(item[0]))
         for stage, seconds in sorted(spans.items(), key=lambda item: [*_STAGES, item[0]].index(item[0]))
     ]
-    rows += [["agent", _STAGES[s], f"{timing[s] * 1e3:.1f} ms"] for s in ("write", "fsync", "commit") if s in timing]
+    rows += [["agent", _STAGES[s], f"{timing[s] * 1e3:.1f} ms"] for s in _NODE_STAGES if s in timing]
     for name, spans in timing.items():
         if name.startswith("remote "):
             if "lag" in spans:  # not so of a push by hand

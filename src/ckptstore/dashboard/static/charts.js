@@ -45,7 +45,7 @@ const Charts = (() => {
   const colors = () => ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7", "--c8"].map(style);
 
   // ---------------------------------------------------------------- one checkpoint
-  const STAGES = ["reserve", "plan", "copy", "write", "fsync", "commit", "encode", "upload"];
+  const STAGES = ["reserve", "plan", "copy", "hand_over", "queued", "write", "fsync", "commit", "encode", "upload"];
   const KINDS = { unchanged: "--safe-bg", derived: "--k-derived", delta: "--k-delta", full: "--k-full", mixed: "--k-mixed" };
   const checkpoint = (data) => {
     const rows = [...new Set(data.bars.map((bar) => bar[0]))].reverse(), palette = colors();
