@@ -1,6 +1,7 @@
 """An agent in the foreground whose disk is slow or fails, or that finds no memory: one seam is replaced.
 
-Usage: sick_agent.py slow SECONDS | fail ERRNO COUNT | poor ... then the agent's own arguments after ``--``.
+Usage: sick_agent.py slow SECONDS | fail ERRNO COUNT | hold FILE | poor ... then the agent's own arguments after ``--``.
+With ``hold`` the disk hangs as long as the file is there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ def install(kind: str, *values: str) -> None:
     def write_block(fd: int, block: memoryview, offset: int) -> int:
         if kind == "slow":
             time.sleep(float(values[0]))
+        elif kind == "hold":
+            while os.path.exists(values[0]):
+                time.sleep(0.01)
         elif left[0] > 0:
             left[0] -= 1
             raise OSError(int(values[0]), os.strerror(int(values[0])))
