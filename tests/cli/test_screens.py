@@ -220,7 +220,7 @@ def test_every_verb_says_what_it_should_piped_and_on_a_terminal(
             wrong.append(f"{file}\n{page}")
         for part in rows[1]:
             wide = [line for line in part.splitlines() if len(line) > 80 and "/stage" not in line]
-            assert not [line for line in wide if not line.startswith(("$ ", "Error: "))], wide
+            assert not [line for line in wide if not line.startswith(("$ ", "ckptctl: "))], wide
     assert not wrong, "\n".join(wrong)
 
 

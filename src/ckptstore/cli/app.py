@@ -148,11 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         code = 130
         print("ckptctl: interrupted", file=sys.stderr)
     except click.ClickException as error:
-        code = 2
-        if as_json or _logs_json():
-            _report(_usage(error), as_json=as_json)
-        else:
-            error.show()
+        code = _report_usage(error, as_json=as_json)
     except CkptError as error:
         code = _report(error, as_json=as_json)
     except BrokenPipeError:
@@ -170,5 +166,14 @@ def _logs_json() -> bool:
         return False
 
 
-def _usage(error: click.ClickException) -> CkptError:
-    return ConfigError(error.format_message(), hint="see 'ckptctl --help'")
+def _report_usage(error: click.ClickException, *, as_json: bool) -> int:
+    """In the same words as any other error; where people read it, below the verb's usage line."""
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # click 8.1 has none
+        error.show()  # all the help there is: nothing was asked for
+        return error.exit_code
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is not None and not as_json and not _logs_json():
+        print(context.get_usage(), file=sys.stderr)
+    verb = context.command_path if context is not None else "ckptctl"
+    message = " ".join(error.format_message().split())
+    return _report(ConfigError(message, hint=f"see '{verb} --help'"), as_json=as_json)

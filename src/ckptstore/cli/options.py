@@ -27,6 +27,11 @@ class Settings:
     verbose: bool = False
 
     @property
+    def is_store_known(self) -> bool:
+        """Whether a STORE was given with an option, or a local one by environment or ckptstore.toml."""
+        return bool(self.store or self.source("local"))
+
+    @property
     def store_or_environment(self) -> str | None:
         """The STORE given, else ``local``, else ``remote``, of environment or ckptstore.toml."""
         return self.store or self.source("local") or self.source("remote")
@@ -98,6 +103,16 @@ def _talk() -> None:
     logger.setLevel(logging.DEBUG)
 
 
+class Verb(click.Command):
+    """A command whose usage line names the options that it can't do without."""
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        options, *arguments = super().collect_usage_pieces(ctx)
+        needed = (one for one in self.get_params(ctx) if isinstance(one, click.Option) and one.required)
+        records = (one.get_help_record(ctx) for one in needed)
+        return [options, *(record[0].rpartition(", ")[2] for record in records if record is not None), *arguments]
+
+
 def verb(**attributes: Any) -> Callable[[F], click.Command]:
     """Make a verb of a function that takes ``settings`` first."""
 
@@ -106,7 +121,7 @@ def verb(**attributes: Any) -> Callable[[F], click.Command]:
         def call(**kwargs: Any) -> Any:
             return function(click.get_current_context().ensure_object(Settings), **kwargs)
 
-        options = {"context_settings": {"help_option_names": ["-h", "--help"]}, **attributes}
+        options = {"cls": Verb, "context_settings": {"help_option_names": ["-h", "--help"]}, **attributes}
         made: click.Command = click.command(**options)(shared_options(call))
         return made
 
@@ -129,6 +144,34 @@ def store_argument(function: F) -> F:
 _STEP = re.compile(r"[0-9]{1,18}|latest(~[0-9]+)?|best(:.+)?|[0-9a-f]{12}-[0-9]{1,9}")
 
 
+#: The same, of a run that may be named before it.
+STEP_OF_RUN = re.compile(rf"([A-Za-z0-9][A-Za-z0-9._-]{{0,127}}/)?({_STEP.pattern})")
+
+
+def names_store(word: str, *, is_known: bool, step: re.Pattern[str] = _STEP) -> bool:
+    """Whether a word names a store: what can't be a STEP does, a new one too.
+
+    Args:
+        is_known: the store is known already: then what doesn't look like one is a STEP mistyped.
+        step: what a STEP may be.
+    """
+    return step.fullmatch(word) is None and (not is_known or "/" in word or os.path.isdir(word))
+
+
+def store_and_steps(function: F) -> F:
+    """An optional STORE, which counts like ``--store``, before one or more STEPs."""
+
+    @functools.wraps(function)
+    def wrapper(settings: Settings, words: tuple[str, ...], **kwargs: Any) -> Any:
+        if words and names_store(words[0], is_known=settings.is_store_known):
+            settings.store, words = words[0], words[1:]
+        if not words:
+            raise click.UsageError("Missing argument 'STEP...'.")
+        return function(settings, steps=words, **kwargs)
+
+    return click.argument("words", metavar="[STORE] STEP...", nargs=-1, shell_complete=_folders)(wrapper)  # type: ignore[return-value]
+
+
 def store_and_step(function: F) -> F:
     """An optional STORE, which counts like ``--store``, and an optional STEP, in either order."""
 
@@ -136,16 +179,16 @@ def store_and_step(function: F) -> F:
     def wrapper(settings: Settings, words: tuple[str, ...], **kwargs: Any) -> Any:
         step: str | None = None
         store: str | None = None
-        is_known = bool(settings.store or settings.source("local"))
+        is_known = settings.is_store_known
         for word in words:
-            # What can't be a STEP names a store, a new one too; where the store is known, it's a STEP mistyped.
-            is_store = _STEP.fullmatch(word) is None and (not is_known or "/" in word or os.path.isdir(word))
+            is_store = names_store(word, is_known=is_known)
             if is_store and store is None:
                 store = settings.store = word
             elif not is_store and step is None:
                 step = word
             else:
-                raise click.UsageError(f"{'STORE' if is_store else 'STEP'} is given twice: {word!r}.")
+                what, first = ("STORE", store) if is_store else ("STEP", step)
+                raise click.UsageError(f"{what} is given twice: {first!r} and {word!r}.")
         return function(settings, step=step, **kwargs)
 
     return click.argument("words", metavar="[STORE] [STEP]", nargs=-1, shell_complete=_folders)(wrapper)  # type: ignore[return-value]

@@ -6,16 +6,16 @@ import click
 
 from ckptstore.cli.confirm import confirm
 from ckptstore.cli.opened import opened
-from ckptstore.cli.options import Settings, verb
+from ckptstore.cli.options import Settings, store_and_steps, verb
 from ckptstore.cli.output import note, plain, print_json, print_table
 from ckptstore.ops.lifecycle import delete, plan_delete
 
 
 @verb()
-@click.argument("steps", metavar="STEP...", nargs=-1, required=True)
 @click.option("--tier", metavar="NAME", help="Only there: 'local', or a remote's name as `list` shows it.")
 @click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
+@store_and_steps
 def command(settings: Settings, steps: tuple[str, ...], tier: str | None, dry_run: bool, yes: bool) -> None:
     """Remove checkpoints, manifest first, from every tier named; `ckptctl gc` frees the bucket's space later.
 
@@ -24,7 +24,7 @@ def command(settings: Settings, steps: tuple[str, ...], tier: str | None, dry_ru
     \b
     Examples:
       ckptctl -s /data/ckpt --remote s3://bucket/prefix delete 1200
-      ckptctl -s /data/ckpt delete 1200 1400 --tier local --yes
+      ckptctl delete /data/ckpt 1200 1400 --tier local --yes
     """
     with opened(settings, with_remote=True) as place:
         tiers = place.tiers(place.choose_run(settings.run))

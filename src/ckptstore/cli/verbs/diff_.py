@@ -8,7 +8,7 @@ import math
 import click
 
 from ckptstore.cli.opened import opened
-from ckptstore.cli.options import Settings, verb
+from ckptstore.cli.options import STEP_OF_RUN, Settings, names_store, verb
 from ckptstore.cli.output import plain, print_json, print_table
 from ckptstore.errors import ConfigError
 from ckptstore.ops.words import counted, human_bytes
@@ -17,24 +17,28 @@ _MARKS = {"unchanged": "=", "changed": "~", "added": "+", "removed": "-", "retyp
 
 
 @verb()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B", default="latest")
+@click.argument("words", metavar="[STORE] A [B]", nargs=-1)
 @click.option("--only", metavar="GLOB", help="Only tensors whose name matches.")
 @click.option("--norms", is_flag=True, help="Read what changed, and say by how much (L2 norm of B - A).")
 @click.option("--runs", is_flag=True, help="A and B are runs: at which step, and in which tensor, do they part?")
 @click.option("--all", "everything", is_flag=True, help="Also list what is unchanged.")
-def command(settings: Settings, a: str, b: str, only: str | None, norms: bool, runs: bool, everything: bool) -> None:
-    """Show what changed between two checkpoints, per parameter. RUN/STEP names one of another run.
+def command(
+    settings: Settings, words: tuple[str, ...], only: str | None, norms: bool, runs: bool, everything: bool
+) -> None:
+    """Show what changed between two checkpoints, per parameter.
+
+    A and B are STEPs, or RUN/STEP for one of another run; without B, the newest checkpoint. With --runs they are runs.
 
     Digests are compared; bytes are read only for --norms, or where the two were sharded differently.
 
     \b
     Examples:
-      ckptctl -s /data/ckpt diff 1200 1400
+      ckptctl diff /data/ckpt 1200 1400
       ckptctl -s /data/ckpt diff latest~1 latest --norms --only 'model.*'
       ckptctl -s /data/ckpt diff bert/1200 bert-retry/1200
       ckptctl -s /data/ckpt diff --runs bert bert-retry
     """
+    a, b = _two(settings, words, runs=runs)
     if runs:
         _print_parting(settings, a, b)
         return
@@ -81,6 +85,18 @@ def command(settings: Settings, a: str, b: str, only: str | None, norms: bool, r
     print(f"{told}; {human_bytes(changed_bytes)} differ")
     if first is not None:
         print(plain(f"first difference: {first.name} ({first.state})"))
+
+
+def _two(settings: Settings, words: tuple[str, ...], *, runs: bool) -> tuple[str, str]:
+    """A and B of ``[STORE] A [B]``; the store counts like ``--store``. Of runs both must be named."""
+    known = settings.is_store_known
+    if len(words) == 3 if runs else words and names_store(words[0], is_known=known, step=STEP_OF_RUN):
+        settings.store, words = words[0], words[1:]
+    if not words or (runs and len(words) == 1):
+        raise click.UsageError(f"Missing argument '{'B' if words else 'A'}': {'a run' if runs else 'a STEP'}.")
+    if len(words) > 2:
+        raise click.UsageError(f"Two are compared, not {len(words)}: {' '.join(map(repr, words))}.")
+    return words[0], words[1] if len(words) == 2 else "latest"
 
 
 def _norm(value: float | None) -> str:

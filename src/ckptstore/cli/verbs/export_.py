@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ckptstore.cli.opened import opened
-from ckptstore.cli.options import Settings, verb
+from ckptstore.cli.options import Settings, store_and_step, verb
 from ckptstore.cli.output import note, print_json
 from ckptstore.cli.progress import transfer_bar
 from ckptstore.cli.torch_side import foreign
@@ -30,7 +30,6 @@ def parse_renames(pairs: tuple[str, ...]) -> dict[str, str]:
 
 
 @verb()
-@click.argument("step", default="latest")
 @click.option("--format", "kind", type=click.Choice(["safetensors", "dcp", "torch"]), required=True)
 @click.option("-o", "--output", metavar="PATH", required=True, type=click.Path(path_type=Path), help="Must not exist.")
 @click.option("--only", metavar="GLOB", multiple=True, help="Only tensors whose stored name matches; may be repeated.")
@@ -38,9 +37,10 @@ def parse_renames(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--rename", metavar="OLD=NEW", multiple=True, help="Then replace a prefix; may be repeated.")
 @click.option("--dtype", metavar="D", help="Convert floating-point tensors: bfloat16, float16, float32, float64.")
 @click.option("--shard-bytes", default=SHARD_BYTES, show_default=True, help="Size of one safetensors file at most.")
+@store_and_step
 def command(
     settings: Settings,
-    step: str,
+    step: str | None,
     kind: str,
     output: Path,
     only: tuple[str, ...],
@@ -56,10 +56,11 @@ def command(
 
     \b
     Examples:
-      ckptctl -s /data export best --format safetensors -o hf --only 'model.*'
-      ckptctl -s s3://bucket/prefix export 1200 --format dcp -o /data/stock
+      ckptctl export /data best --format safetensors -o hf --only 'model.*'
+      ckptctl export s3://bucket/prefix 1200 --format dcp -o /data/stock
       ckptctl -s /data export latest --format torch -o state.pt --dtype bfloat16
     """
+    step = step or "latest"
     selection = Selection(tuple(only), strip_prefix, parse_renames(rename), dtype)
     with opened(settings, with_remote=True) as place:
         tiers = place.tiers(place.choose_run(settings.run))

@@ -22,7 +22,7 @@ from ckptstore.repo.local import LocalTier
 
 @verb()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--step", required=True, type=click.IntRange(0), help="The step it becomes.")
+@click.option("--step", metavar="N", required=True, type=click.IntRange(0), help="The step it becomes.")
 @click.option("--under", metavar="KEY", help="Put all tensors of safetensors files below this top-level key.")
 @click.option("--trust-pickle", is_flag=True, help="Read pickles, which run whatever code they hold.")
 def command(settings: Settings, path: Path, step: int, under: str | None, trust_pickle: bool) -> None:

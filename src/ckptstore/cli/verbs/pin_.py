@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import click
-
 from ckptstore.cli.opened import opened
-from ckptstore.cli.options import Settings, verb
+from ckptstore.cli.options import Settings, store_and_steps, verb
 from ckptstore.cli.output import plain, print_json
 from ckptstore.ops.lifecycle import pin
 
 
 @verb()
-@click.argument("steps", metavar="STEP...", nargs=-1, required=True)
+@store_and_steps
 def command(settings: Settings, steps: tuple[str, ...]) -> None:
     """Keep checkpoints whatever retention says, in every tier that has them.
 
     \b
     Examples:
-      ckptctl -s /data/ckpt pin 1200
+      ckptctl pin /data/ckpt 1200
       ckptctl -s /data/ckpt --remote s3://bucket/prefix pin best latest
     """
     with opened(settings, with_remote=True) as place:

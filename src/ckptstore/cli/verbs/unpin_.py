@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import click
-
 from ckptstore.cli.opened import opened
-from ckptstore.cli.options import Settings, verb
+from ckptstore.cli.options import Settings, store_and_steps, verb
 from ckptstore.cli.output import plain, print_json
 from ckptstore.ops.lifecycle import unpin
 
 
 @verb()
-@click.argument("steps", metavar="STEP...", nargs=-1, required=True)
+@store_and_steps
 def command(settings: Settings, steps: tuple[str, ...]) -> None:
     """Let retention decide about checkpoints again.
 
     \b
     Examples:
-      ckptctl -s /data/ckpt unpin 1200
+      ckptctl unpin /data/ckpt 1200
       ckptctl -s /data/ckpt --remote s3://bucket/prefix unpin 1200 1400
     """
     with opened(settings, with_remote=True) as place:
