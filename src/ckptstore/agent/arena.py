@@ -2,8 +2,8 @@
 
 A slot is one rank's place on this node. It has one or two generations, each a memfd laid out as the image of the shard
 file to be written. A generation goes FREE -> FILLING -> SEALED -> FREE, and only a seal, sent by the slot's owner after
-its last copy, makes its contents part of a save. Page faults, not copying, are what fresh memory costs, so pages are
-touched once, by the trainer that needs them, and a restarted rank takes over its slot's memory as it is.
+its last copy, makes its contents part of a save. Pages, not copying, are what fresh memory costs: a first save brings
+its own, between saves the agent brings the rest, and a restarted rank takes over its slot's memory as it is.
 
 Everything here is guarded by the agent's one condition, except where it says so.
 """
@@ -11,32 +11,26 @@ Everything here is guarded by the agent's one condition, except where it says so
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import logging
-import mmap
 import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ckptstore.agent.memory import available_memory
+from ckptstore.agent.pages import PAGE, Pages, map_shared
 from ckptstore.agent.protocol import layout_id_of
 from ckptstore.errors import LockedError, NoSpaceError, TransientError
 from ckptstore.format import stock
 from ckptstore.format.stock import Layout, PieceSpec
 
 log = logging.getLogger("ckptstore.agent")
-
-PAGE = mmap.PAGESIZE
-_POPULATE_STEP = 8 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; Source: include/uapi/asm-generic/mman-common.h
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Arena:
 
     layout_id: str
     starts: tuple[int, ...]
-    generations: tuple[mmap.mmap, ...]
+    generations: tuple[memoryview, ...]
     image_bytes: int = 0
     is_on_disk: bool = False
 
@@ -77,9 +71,10 @@ class Generation:
 
     index: int
     fd: int
-    memory: mmap.mmap
+    memory: memoryview
     capacity_bytes: int
     is_on_disk: bool = False
+    has_pages: bool = False
     state: State = State.FREE
     save_id: str | None = None
     holds: tuple[str, int] | None = None
@@ -95,7 +90,7 @@ class Generation:
             # It may grow but never shrink: a bug in a trainer must not become a SIGBUS here.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
             os.ftruncate(fd, capacity_bytes)
-            return cls(index, fd, mmap.mmap(fd, capacity_bytes), capacity_bytes)
+            return cls(index, fd, map_shared(fd, capacity_bytes), capacity_bytes)
         except BaseException:
             os.close(fd)
             raise
@@ -113,7 +108,7 @@ class Generation:
             if status.f_bavail * status.f_frsize < 2 * capacity_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.posix_fallocate(fd, 0, capacity_bytes)  # later a full disk would be a SIGBUS in the trainer
-            return cls(index, fd, mmap.mmap(fd, capacity_bytes), capacity_bytes, is_on_disk=True)
+            return cls(index, fd, map_shared(fd, capacity_bytes), capacity_bytes, is_on_disk=True)
         except BaseException:
             os.close(fd)
             raise
@@ -121,8 +116,8 @@ class Generation:
     def grow(self, capacity_bytes: int) -> None:
         """Keep the pages there are, add more at the end. Only while FREE."""
         os.ftruncate(self.fd, capacity_bytes)
-        self.memory = mmap.mmap(self.fd, capacity_bytes)
-        self.capacity_bytes = capacity_bytes
+        self.memory = map_shared(self.fd, capacity_bytes)
+        self.capacity_bytes, self.has_pages = capacity_bytes, False
 
     def free(self) -> None:
         self.state, self.save_id = State.FREE, None
@@ -156,6 +151,7 @@ class Slot:
         self.vacant_since = 0.0
         self._condition = condition
         self._configuring = threading.Lock()
+        self._bringing = threading.Lock()
 
     def check_owner(self, owner: object) -> None:
         if self.owner is not owner:
@@ -206,6 +202,18 @@ class Slot:
                 self.layout, self.pieces, self.layout_id = layout, tuple(pieces), layout_id
                 self._condition.notify_all()
             return layout, list(self.generations)
+
+    def bring_pages(self) -> None:
+        """Have all pages for the saves to come, large ones if possible; a save that begins meanwhile goes first."""
+        if not self._bringing.acquire(blocking=False):
+            return
+        try:
+            for generation in list(self.generations):
+                if not generation.has_pages and not generation.is_on_disk:
+                    pages = Pages(generation.memory, is_patient=True)
+                    generation.has_pages = pages.bring_all(lambda: not self._all_free())
+        finally:
+            self._bringing.release()
 
     def _all_free(self) -> bool:
         return all(g.state is State.FREE for g in self.generations)
@@ -332,7 +340,7 @@ def gaps(layout: Layout, pieces: Sequence[PieceSpec]) -> Iterator[tuple[int, int
         yield end, layout.image_bytes
 
 
-def _write_skeleton(memory: mmap.mmap, layout: Layout, pieces: Sequence[PieceSpec], *, is_new: bool) -> None:
+def _write_skeleton(memory: memoryview, layout: Layout, pieces: Sequence[PieceSpec], *, is_new: bool) -> None:
     """Everything but the payloads; new memory is zero already."""
     for start, end in () if is_new else gaps(layout, pieces):
         memory[start:end] = bytes(end - start)
@@ -344,39 +352,3 @@ def _room() -> int:
     """Bytes that may still be lent."""
     promised = sum(max(0, g.capacity_bytes - os.fstat(g.fd).st_blocks * 512) for g in list(_alive))
     return available_memory() - promised
-
-
-@cache
-def libc() -> ctypes.CDLL:
-    """The C library, for the few calls Python lacks. They let other threads run."""
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def populate(memory: mmap.mmap, stop: threading.Event | None = None) -> int:
-    """Make the pages of a mapping present without changing what is in them; returns for how many bytes that was done.
-
-    Best effort: where the kernel can't, the first copy pays. Lets other threads run; end it early with ``stop``.
-    """
-    size = len(memory)
-    anchor = (ctypes.c_char * 0).from_buffer(memory)  # keeps the mapping alive while its address is used
-    address = ctypes.addressof(anchor)
-    done = 0
-    while done < size and not (stop is not None and stop.is_set()):
-        step = min(_POPULATE_STEP, size - done)
-        if not populate_range(address + done, step):
-            break
-        done += step
-    del anchor
-    return done
-
-
-def populate_range(address: int, size_bytes: int) -> bool:
-    """Make the pages under so many bytes present, in one go instead of fault by fault; False where the kernel can't."""
-    if not hasattr(libc(), "madvise"):
-        return False
-    start = address // PAGE * PAGE
-    length = address + size_bytes - start
-    while libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE) != 0:
-        if ctypes.get_errno() != errno.EINTR:
-            return False
-    return True

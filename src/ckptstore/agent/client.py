@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckptstore.agent.arena import Arena, populate
+from ckptstore.agent.arena import Arena
 from ckptstore.agent.conversation import Answer, Conversation, EventCallback, greet
+from ckptstore.agent.pages import map_shared
 from ckptstore.agent.protocol import (
     Channel,
-    Event,
     SealRequest,
     close_fds,
     is_same_tree,
@@ -54,14 +54,11 @@ class AgentClient:
     def __init__(self, channel: Channel, on_event: EventCallback, hello: Json) -> None:
         self.agent_id: str = hello["agent_id"]
         self.agent_pid: int = hello["pid"]
-        self._on_event = on_event
         self._lock = threading.Lock()
         self._arena: Arena | None = None
-        self._is_touched = False
         self._tree: Json | None = None  # of the last seal: with many tensors, sending it again costs most of a seal
-        self._touching = threading.Event()
         self._config = StoreConfig()
-        self._conversation = Conversation(channel, self._heard)
+        self._conversation = Conversation(channel, on_event)
 
     # ------------------------------------------------------------------ connecting
 
@@ -196,16 +193,14 @@ class AgentClient:
         )
         try:
             sizes = answer["capacity_bytes"]
-            generations = tuple(mmap.mmap(fd, size) for fd, size in zip(fds, sizes, strict=True))
+            generations = tuple(map_shared(fd, size) for fd, size in zip(fds, sizes, strict=True))
         finally:
             close_fds(fds)
         arena = Arena(
             answer["layout_id"], tuple(answer["starts"]), generations, answer["image_bytes"], answer["is_on_disk"]
         )
         with self._lock:
-            self._touching.set()
-            self._arena, self._touching = arena, threading.Event()
-            self._is_touched = False
+            self._arena = arena
         return arena
 
     def reserve(self, timeout_s: float, *, save_id: str | None = None) -> int | None:
@@ -240,14 +235,9 @@ class AgentClient:
         self._call("seal", generation=generation, seal=wire.to_wire(), same_tree=is_same, begun=begun)
         self._tree = tree
 
-    def _bring_pages(self) -> None:
-        """Once the first save is on disk, which nothing may slow down: bring all pages for the saves to come."""
-        with self._lock:
-            if self._arena is None or self._arena.is_on_disk or self._is_touched:
-                return
-            self._is_touched = True
-            arguments = self._arena.generations, self._touching
-        threading.Thread(target=_touch, args=arguments, name="ckptstore-touch", daemon=True).start()
+    def bring_pages(self) -> None:
+        """Have the arena's pages brought in the background, before a copy needs them."""
+        self._call("bring_pages")
 
     def discard(self, save_id: str, reason: str) -> bool:
         """Drop a save that isn't complete, on this node; False if it is complete and stays."""
@@ -346,7 +336,6 @@ class AgentClient:
 
     def _abandon(self) -> None:
         self._conversation.hang_up()
-        self._touching.set()
         self._arena = None
 
     # ------------------------------------------------------------------ inside
@@ -357,20 +346,8 @@ class AgentClient:
     def _ask(self, request: Json, timeout_s: float) -> Answer:
         return self._conversation.ask(request, timeout_s)
 
-    def _heard(self, event: Event) -> None:
-        if event.kind in ("local", "prepared"):
-            self._bring_pages()
-        self._on_event(event)
-
 
 def _hook_environment(config: StoreConfig) -> dict[str, str]:
     """The variable that ``hook_url="env:NAME"`` names."""
     name = (config.hook_url or "").removeprefix("env:")
     return {name: os.environ[name]} if name != config.hook_url and name in os.environ else {}
-
-
-def _touch(generations: Sequence[mmap.mmap], stop: threading.Event) -> None:
-    with suppress(OSError, AttributeError):  # of this thread alone; training goes first
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    for memory in generations:
-        populate(memory, stop)

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from ckptstore.agent.arena import libc
+from ckptstore.agent.libc import libc
 
 #: One write: large, since each waits for the interpreter once.
 BLOCK_BYTES = 16 << 20

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ckptstore.agent.arena import libc
+from ckptstore.agent.libc import libc
 from ckptstore.agent.line import RemoteLine
 from ckptstore.agent.pace import pack_bytes
 from ckptstore.agent.pending import Upload

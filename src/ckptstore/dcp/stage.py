@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 
 from ckptstore import native
-from ckptstore.agent.arena import populate_range
+from ckptstore.agent.pages import Pages
 from ckptstore.dcp.binder import Binding
 from ckptstore.dcp.boxes import copyable
 from ckptstore.dcp.planner import Plan
@@ -63,6 +63,7 @@ class Stage:
         self._plan = plan
         self._starts = tuple(starts)
         self._targets: dict[int, tuple[list[torch.Tensor], list[int]]] = {}
+        self._present: set[int] = set()  # images whose pages are there
         self._total = 0
 
     def copy(
@@ -86,9 +87,7 @@ class Stage:
             Bytes copied.
         """
         locals_ = binding.locals
-        known = len(self._targets)
         targets, indexes = self._views(binding, image)
-        is_new = len(self._targets) > known
         total = self._total
         if kinds is not None:
             chosen = [(t, i) for t, i in zip(targets, indexes, strict=True) if binding.tensors[i].kind in kinds]
@@ -99,16 +98,16 @@ class Stage:
             # Training may go on meanwhile: who gives a parameter other memory must not take ours away.
             sources = [source.detach() for source in sources]
         threads = min(threads, max(1, total // _BYTES_PER_THREAD))
+        if total >= _BYTES_PER_THREAD:
+            self._bring_pages(image, threads)
         with torch.no_grad():
             if any(source.is_cuda for source in sources):
                 copies = [_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]
                 on_devices = [copy for copy in copies if copy.source.is_cuda]
                 _copy_from_cuda(on_devices, streams_of(binding) if streams is None else streams)
-                _run([copy for copy in copies if not copy.source.is_cuda], threads, bring_pages=is_new)
+                _run(_portions([copy for copy in copies if not copy.source.is_cuda]), threads)
             elif total >= _BYTES_PER_THREAD:
-                _run(
-                    [_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)], threads, bring_pages=is_new
-                )
+                _run(_portions([_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]), threads)
             elif targets:
                 torch._foreach_copy_(targets, sources)
         return total
@@ -116,6 +115,15 @@ class Stage:
     def forget(self) -> None:
         """Release all images seen so far."""
         self._targets.clear()
+        self._present.clear()
+
+    def _bring_pages(self, image: Any, threads: int) -> None:
+        """Nobody has touched this memory before its first long copy: its pages come in large parts, not one by one."""
+        address = torch.frombuffer(image, dtype=torch.uint8).data_ptr()
+        if address not in self._present:
+            pages = Pages(image)
+            _run([partial(pages.bring, start, end) for start, end in pages.steps()], threads)
+            self._present.add(address)
 
     def _views(self, binding: Binding, image: Any) -> tuple[list[torch.Tensor], list[int]]:
         """Where the pieces with any bytes go in ``image``, and their places in the binding."""
@@ -136,13 +144,9 @@ class Stage:
         return views
 
 
-def _run(copies: list[_Copy], threads: int, *, bring_pages: bool = False) -> None:
-    """Copy it all; each thread takes the next piece of work when it has done one, so that they end together.
-
-    Args:
-        bring_pages: the targets may be in memory that nobody has touched.
-    """
-    work = deque(_portions(copies, bring_pages=bring_pages))
+def _run(portions: Iterable[Callable[[], object]], threads: int) -> None:
+    """Do it all; each thread takes the next portion when it has done one, so that they end together."""
+    work = deque(portions)
 
     def take_turns() -> None:
         while True:
@@ -162,7 +166,7 @@ def _run(copies: list[_Copy], threads: int, *, bring_pages: bool = False) -> Non
         other.result()
 
 
-def _portions(copies: list[_Copy], *, bring_pages: bool) -> Iterator[Callable[[], None]]:
+def _portions(copies: list[_Copy]) -> Iterator[Callable[[], None]]:
     """The work, in parts of about the size that is taken at once; the longest single ones first."""
     blocks: list[Block] = []
     tensors: list[_Copy] = []
@@ -174,7 +178,7 @@ def _portions(copies: list[_Copy], *, bring_pages: bool) -> Iterator[Callable[[]
     for part in _grouped(sorted(_cut(tensors), key=lambda c: -c.size_bytes)):
         yield partial(_copy_tensors, part)
     for some in _grouped(_cut_blocks(blocks)):
-        yield partial(_copy_blocks, some, bring_pages=bring_pages)
+        yield partial(_copy_blocks, some)
 
 
 _Sized = TypeVar("_Sized", bound=tuple[Any, Any, int])
@@ -198,10 +202,8 @@ def _copy_tensors(copies: Sequence[_Copy]) -> None:
         torch._foreach_copy_([c.target for c in copies], [c.source for c in copies])
 
 
-def _copy_blocks(blocks: Sequence[Block], *, bring_pages: bool) -> None:
+def _copy_blocks(blocks: Sequence[Block]) -> None:
     targets, sources, sizes = zip(*blocks, strict=True)
-    if bring_pages:
-        populate_range(targets[0], targets[-1] + sizes[-1] - targets[0])  # blocks come in the order of the image
     native.copy(targets, sources, sizes)
 
 

@@ -274,6 +274,8 @@ class CheckpointManager:
             handle: SaveHandle | None = None
             if reason is not None and not self._progress.is_saved(step):
                 handle = self._save(Occasion(step, self._progress.epoch, metrics, reason=reason))
+            elif not self._saver.is_ready:
+                self._saver.rehearse(Occasion(step, self._progress.epoch))
             self._scalars.flush()
             if self.store.agreement.rank == 0:
                 self._live.note(step, self._progress.epoch, metrics)

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,8 @@ class Saver:
         self._safety, self._scalars, self._voice = parts.safety, parts.scalars, parts.voice
         self._proof = parts.proof
         self._on_failure, self._max_failures = on_failure, max_failures
+        self.is_ready = False
+        """Whether a save or a rehearsal was tried."""
         self._warned_room: int | None = None
         self._lagging: set[str] = set()
 
@@ -71,6 +74,7 @@ class Saver:
         if not self._tracked:
             raise StateError("nothing is tracked, so there is nothing to save", hint="manager.track(model=model, ...)")
         begun = time.perf_counter()
+        self.is_ready = True
         try:
             self._look_around(occasion)
             state, metrics, tags = self._prepare(occasion)
@@ -95,6 +99,24 @@ class Saver:
         self._progress.saved(handle, is_epoch_end=occasion.is_epoch_end)
         self._follow(handle, time.perf_counter() - begun)
         return handle
+
+    def rehearse(self, occasion: Occasion) -> None:
+        """All of a save but the copy, so that the first one is as quick as later ones. Collective.
+
+        Raises:
+            StateError: something tracked can't be stored.
+        """
+        self.is_ready = True
+        if not self._tracked or self._store.local is None:
+            return
+        values: dict[str, Any] = {}
+        files: dict[str, Any] = {}
+        with suppress(Exception):  # the save will say it
+            values, files = self._tracked.values(), self._tracked.filed()
+        try:
+            self._store.prepare(self._state(occasion, values, files))
+        except _RECOVERABLE as error:
+            self._voice.warn(f"getting ready to save failed, the first save tries again: {error}")
 
     # -- before ---------------------------------------------------------------------------------------------------
 
@@ -140,6 +162,10 @@ class Saver:
         if "suspect" in outcome.raised:
             self._voice.warn(f"step {occasion.step}: the model has values that are not finite; saved as {SUSPECT!r}")
         self._progress.note(occasion.step, occasion.epoch, metrics)
+        return self._state(occasion, values, files), metrics, tags
+
+    def _state(self, occasion: Occasion, values: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+        """What is handed to the store: all that is tracked, and what a manager needs to go on from there."""
         own = {
             "version": OWN_VERSION,
             "step": occasion.step,
@@ -151,7 +177,7 @@ class Saver:
             "values": values,
             "rng": rng.capture(),
         }
-        return {**self._tracked.in_place, OWN_KEY: {"own": PerRank(own), "files": files}}, metrics, tags
+        return {**self._tracked.in_place, OWN_KEY: {"own": PerRank(own), "files": files}}
 
     def _look_around(self, occasion: Occasion) -> None:
         """Say in time what will become a problem: a full disk, a remote that falls behind, a restore nobody tried."""

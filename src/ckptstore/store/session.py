@@ -39,6 +39,8 @@ log = logging.getLogger("ckptstore")
 
 _CHANGING: frozenset[Kind] = frozenset({"buffer", "plain", "per_rank"})
 _FENCED: frozenset[Kind] = frozenset({"param", "optim"})
+#: What ranks that only prepare agree on.
+NOT_A_STEP = -1
 
 
 @dataclass
@@ -106,6 +108,24 @@ class Session:
 
     # -- one save -------------------------------------------------------------------------------------------------
 
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Collective. All of a save but the copy: plan and arena, whose pages then come in the background.
+
+        Raises:
+            CkptError: as :meth:`save`; the next save begins anew.
+        """
+        call = _Call(NOT_A_STEP, f"{self.job}-0", None)
+        error: CkptError | None = None
+        try:
+            self.link.reconnect()
+        except CkptError as failure:
+            error = failure
+        try:
+            self._agree(call, state, error)
+        finally:
+            self._release(call)
+        self.link.bring_pages()
+
     def save(
         self,
         state: Mapping[str, Any],
@@ -133,15 +153,7 @@ class Session:
             self._plan = None  # it may be what can't be laid out; another may
         try:
             with _timed(call.spans, "plan"):
-                prepared = self._preparer.prepare(
-                    state,
-                    step=step if isinstance(step, int) else -1,
-                    counter=self._counter,
-                    flags={"busy": self._plan is not None and call.generation is None},
-                    error=error,
-                )
-                is_other = prepared.plan is not self._plan  # on all ranks, or on none
-                is_busy = self._lay_out(call, prepared.plan) if is_other else "busy" in prepared.flags
+                prepared, is_busy = self._agree(call, state, error)
             if is_busy:
                 self._release(call)
                 return self._skipped(call)
@@ -151,6 +163,18 @@ class Session:
             return self._failed(call, failure)
         finally:
             self._release(call)
+
+    def _agree(self, call: _Call, state: Mapping[str, Any], error: CkptError | None) -> tuple[Prepared, bool]:
+        """Collective. Plan the state and have an arena for it; True if no generation was free in time on some rank."""
+        prepared = self._preparer.prepare(
+            state,
+            step=call.step if isinstance(call.step, int) else NOT_A_STEP,
+            counter=self._counter,
+            flags={"busy": self._plan is not None and call.generation is None},
+            error=error,
+        )
+        is_other = prepared.plan is not self._plan  # on all ranks, or on none
+        return prepared, self._lay_out(call, prepared.plan) if is_other else "busy" in prepared.flags
 
     def _raise_earlier_failure(self) -> None:
         """With ``on_failure="raise"``: an earlier save's failure, once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import time
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptstore.agent import arena
-from ckptstore.agent.arena import Slot, State, available_memory, gaps, populate
+from ckptstore.agent.arena import Slot, State, available_memory, gaps
 from ckptstore.errors import LockedError, NoSpaceError, TransientError
 from ckptstore.format import stock
 from ckptstore.format.stock import PieceSpec
@@ -182,20 +181,26 @@ def test_memory_lent_but_not_yet_touched_is_counted(slot: Slot) -> None:
     assert 0 < available_memory() < 1 << 50
 
 
-def test_touching_brings_pages_and_changes_nothing() -> None:
-    fd = os.memfd_create("x")
-    os.ftruncate(fd, 8 << 20)
-    memory = mmap.mmap(fd, 8 << 20)
-    memory[5 << 20 : (5 << 20) + 5] = b"hello"
-    assert populate(memory) in (0, 8 << 20)
-    assert memory[5 << 20 : (5 << 20) + 5] == b"hello"
-    if populate(memory):
-        assert os.fstat(fd).st_blocks * 512 == 8 << 20
-    stop = threading.Event()
-    stop.set()
-    assert populate(memory, stop) == 0
-    memory.close()
-    os.close(fd)
+def test_between_saves_all_pages_are_brought_once(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    brought: list[int] = []
+
+    def bring(pages: arena.Pages, start: int, end: int) -> bool:
+        brought.append(end - start)
+        return True
+
+    monkeypatch.setattr(arena.Pages, "bring", bring)
+    _, generations = slot.configure(OWNER, [spec("a", 5 << 20)], 2, 1)
+    slot.reserve(OWNER, 0)
+    slot.bring_pages()
+    assert brought == [], "training is copying"
+    slot.release(OWNER, 0)
+    slot.bring_pages()
+    slot.bring_pages()
+    assert sum(brought) == sum(g.capacity_bytes for g in generations)
+    slot.configure(OWNER, [spec("a", 6 << 20)], 2, 1)
+    brought.clear()
+    slot.bring_pages()
+    assert brought, "the memory has grown"
 
 
 def test_what_was_never_sealed_is_free_when_its_owner_begins_another_save(slot: Slot) -> None:

@@ -19,7 +19,7 @@ from ckptstore.dcp import stage as stage_module
 from ckptstore.dcp.binder import Binder, bind
 from ckptstore.dcp.pause import no_collections
 from ckptstore.dcp.planner import plan
-from ckptstore.dcp.stage import Stage, _Copy, _run, copy_pieces, streams_of
+from ckptstore.dcp.stage import Stage, _Copy, _portions, _run, copy_pieces, streams_of
 from ckptstore.format.stock import layout
 from ckptstore.store.fence import Fence
 
@@ -60,18 +60,35 @@ def test_each_copy_shows_the_values_of_its_own_call() -> None:
     assert seen == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_an_image_can_be_unmapped_once_the_stage_forgets_it() -> None:
+@pytest.mark.parametrize("size", [3, 5_000_000])
+def test_an_image_can_be_unmapped_once_the_stage_forgets_it(size: int) -> None:
     import mmap
 
-    binding = bind({"x": torch.ones(3)})
+    binding = bind({"x": torch.ones(size)})
     made = plan(binding)
     places = layout(made.pieces)
     image = mmap.mmap(-1, places.image_bytes)
     stage = Stage(made, places.starts)
-    stage.copy(binding, image)
+    stage.copy(binding, image, 2)
     stage.forget()
     image.close()
     assert image.closed
+
+
+def test_pages_are_brought_once_for_each_image_by_its_first_long_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    brought: list[int] = []
+    monkeypatch.setattr(stage_module.Pages, "bring", lambda pages, start, end: brought.append(end - start))
+    model = nn.BatchNorm1d(5_000_000)
+    binding = bind({"m": model, "n": torch.ones(3)})
+    made = plan(binding)
+    places = layout(made.pieces)
+    images = [bytearray(places.image_bytes) for _ in range(2)]
+    stage = Stage(made, places.starts)
+    stage.copy(binding, images[0], kinds={"plain"})
+    assert brought == []
+    for number, images_brought in ((0, 1), (0, 1), (1, 2), (0, 2), (1, 2)):
+        stage.copy(binding, images[number], 2, kinds={"param"})
+        assert sum(brought) == images_brought * places.image_bytes
 
 
 def _large() -> tuple[list[torch.Tensor], list[_Copy]]:
@@ -105,7 +122,7 @@ def test_nobody_is_copying_any_more_when_a_copy_has_failed(fails_in: str, monkey
 
     monkeypatch.setattr(stage_module, "_copy_blocks", copy)
     with pytest.raises(RuntimeError, match="no"):
-        _run(_large()[1], 2)
+        _run(_portions(_large()[1]), 2)
     assert not busy
 
 
@@ -149,7 +166,7 @@ def test_an_interrupt_waits_for_the_other_threads(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(stage_module, "_copy_blocks", copy)
     with pytest.raises(KeyboardInterrupt):
-        _run(_large()[1][:1], 2)
+        _run(_portions(_large()[1][:1]), 2)
     assert ended.is_set()
 
 
@@ -157,13 +174,13 @@ def test_everything_is_copied_when_no_thread_can_be_had(monkeypatch: pytest.Monk
     """As at the interpreter's end, which waits for a copy in the background."""
     targets, copies = _large()
     monkeypatch.setattr(executors, "_shutdown", True)
-    _run(copies, 4)
+    _run(_portions(copies), 4)
     assert _is_copied(targets)
 
 
 def test_a_forked_child_copies_collects_and_steps_on_its_own() -> None:
     targets, copies = _large()
-    _run(copies, 3)
+    _run(_portions(copies), 3)
     fence, release = Fence(), threading.Event()
     fence.run(lambda: assert_released(release))
     with no_collections():
@@ -174,7 +191,7 @@ def test_a_forked_child_copies_collects_and_steps_on_its_own() -> None:
                 torch.set_num_threads(1)  # torch's own threads are not there either
                 for target in targets:
                     target.zero_()
-                _run(copies, 3)
+                _run(_portions(copies), 3)
                 fence.wait()
                 os._exit(0 if _is_copied(targets) and gc.isenabled() else 1)
             finally:

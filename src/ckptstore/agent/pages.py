@@ -1,0 +1,108 @@
+"""The pages under shared memory: where it is mapped, and how its pages come before a copy needs them.
+
+Pages, not copying, are what a first save costs, and one of 2 MiB costs little more than one of 4 KiB. The kernel gives
+shared memory small ones unless an administrator says otherwise, but whoever has mapped it may ask for large ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ckptstore.agent.libc import libc
+
+PAGE = mmap.PAGESIZE
+#: Of nearly all processors that have large pages; elsewhere the kernel refuses, and small ones it is.
+LARGE_PAGE = 2 << 20
+
+#: What is brought at once.
+_STEP = 8 << 20
+
+# Source: the kernel's include/uapi/asm-generic/mman-common.h
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_MADV_COLLAPSE = 25  # Linux 6.1
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+
+#: Small pages come faster than this: a kernel that takes longer has to make room for large ones first, or its
+#: hypervisor has.
+_HURRY_BYTES_PER_SECOND = 1e9
+#: Slower than this it isn't worth anybody's while.
+_PATIENT_BYTES_PER_SECOND = 0.1e9
+_SLOW_STEPS = 2
+
+
+def map_shared(fd: int, size_bytes: int) -> memoryview:
+    """The first bytes of a file, shared and writable, where large pages fit; unmapped with the last view into it."""
+    if size_bytes < LARGE_PAGE:
+        return memoryview(mmap.mmap(fd, size_bytes))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    room = memoryview(mmap.mmap(-1, size_bytes + LARGE_PAGE, flags=flags))
+    start = -_address(room) % LARGE_PAGE
+    view = room[start : start + size_bytes]
+    flags, protection = mmap.MAP_SHARED | _MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
+    if libc().mmap(_address(view), size_bytes, protection, flags, fd, 0) != _address(view):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return view
+
+
+class Pages:
+    """Brings the pages under a writable buffer, without changing what is in them; best effort. Thread-safe.
+
+    Args:
+        memory: the buffer; best from :func:`map_shared`.
+        is_patient: large pages are worth some waiting; otherwise small ones are taken where they come sooner.
+    """
+
+    def __init__(self, memory: Any, *, is_patient: bool = False) -> None:
+        self._memory = memoryview(memory).cast("B")
+        self._least_rate = _PATIENT_BYTES_PER_SECOND if is_patient else _HURRY_BYTES_PER_SECOND
+        self._lock = threading.Lock()
+        self._wants_large = True
+        self._slow_steps = 0
+
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """(start, end) of the parts to bring one by one, so that threads can share them and one can stop between."""
+        for start in range(0, len(self._memory), _STEP):
+            yield start, min(start + _STEP, len(self._memory))
+
+    def bring(self, start: int, end: int) -> bool:
+        """Make these pages present in one go; False where the kernel can't, so that the first copy pays."""
+        part = self._memory[start:end]
+        if self._wants_large and len(part) >= LARGE_PAGE:
+            part[::LARGE_PAGE].tobytes()  # the kernel joins pages, so there must be one
+            began = time.perf_counter()
+            code = _advise(part, _MADV_COLLAPSE)
+            self._judge(code, len(part) / (time.perf_counter() - began))
+        return _advise(part, _MADV_POPULATE_WRITE) == 0
+
+    def bring_all(self, must_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Bring them all, unless told to stop between two steps; whether all are there."""
+        return all(not must_stop() and self.bring(start, end) for start, end in self.steps())
+
+    def _judge(self, code: int, bytes_per_second: float) -> None:
+        """Whether to ask for large pages again."""
+        with self._lock:
+            self._slow_steps = max(0, self._slow_steps + (1 if bytes_per_second < self._least_rate else -1))
+            if self._slow_steps >= _SLOW_STEPS or code not in (0, errno.EAGAIN):
+                self._wants_large = False
+
+
+def _advise(memory: memoryview, advice: int) -> int:
+    """madvise for all pages that the buffer touches; 0 or the error's number."""
+    start = _address(memory) // PAGE * PAGE
+    length = _address(memory) + len(memory) - start
+    while libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice) != 0:
+        if ctypes.get_errno() != errno.EINTR:
+            return ctypes.get_errno()
+    return 0
+
+
+def _address(memory: memoryview) -> int:
+    return ctypes.addressof((ctypes.c_char * 0).from_buffer(memory))
