@@ -25,10 +25,12 @@ class SaveHandle:
         step: the step that was saved.
         save_id: its unique id.
         remotes: remote's name -> future of that remote.
+        because: what keeps it from a level after so many seconds, in words for an error; empty: nobody knows.
     """
 
     def __init__(self, info: CheckpointInfo, remotes: Iterable[str], quorum: int | None) -> None:
         self._info = info
+        self.because: Callable[[str, float], str] = lambda level, waited_s: ""
         self._lock = threading.RLock()  # done-callbacks of users run while it is held
         self._tiers: dict[str, TierState] = {}
         self._hooks: dict[str, list[Callable[[CheckpointInfo], None]]] = {}
@@ -96,19 +98,24 @@ class SaveHandle:
 
         Raises:
             SaveFailedError: the save failed.
-            SaveTimeoutError: not reached in ``timeout_s`` seconds; the save goes on.
+            SaveTimeoutError: not reached in ``timeout_s`` seconds; says why, if the agent knows. The save goes on.
             ConfigError: a level this store doesn't have.
         """
         self.check_level(level)
         try:
             return self._futures[level].result(timeout_s)
         except concurrent.futures.TimeoutError:
-            raise SaveTimeoutError(
-                f"step {self.step} (save {self.save_id}) did not reach '{level}' within {timeout_s} s",
-                hint="the save goes on; wait again, or run `ckptctl push` later",
-                step=self.step,
-                save_id=self.save_id,
-            ) from None
+            raise self.late(level, timeout_s or 0.0) from None
+
+    def late(self, level: str, waited_s: float) -> SaveTimeoutError:
+        """The error of a wait that was so long."""
+        return SaveTimeoutError(
+            f"step {self.step} (save {self.save_id}) did not reach '{level}' within {waited_s:g} s"
+            + self.because(level, waited_s),
+            hint="the save goes on; wait again, or run `ckptctl push` later",
+            step=self.step,
+            save_id=self.save_id,
+        )
 
     def before(self, level: str, action: Callable[[CheckpointInfo], None]) -> None:
         """Call ``action`` right before ``level``, or the remote of that name, resolves; at once if it has.

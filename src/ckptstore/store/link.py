@@ -127,6 +127,7 @@ class AgentLink:
 
     def remember(self, handle: SaveHandle) -> None:
         """Follow this save from now on; of finished ones only the newest are kept."""
+        handle.because = self._because
         with self._lock:
             self.handles[handle.save_id] = handle
             for save_id in list(self.handles)[:-KEPT_HANDLES]:
@@ -195,11 +196,8 @@ class AgentLink:
                 self._follow(handle, level, deadline)
             except SaveFailedError as error:
                 failures[handle.save_id] = error
-            except SaveTimeoutError as error:
-                what = f"step {handle.step} (save {handle.save_id}) did not reach '{level}' within {timeout_s or 0:g} s"
-                # Who waits in short slices, as the manager does for signals, is not kept longer by an agent that hangs.
-                why = self._because(level) if (timeout_s or 0) >= FOLLOW_SECONDS else ""
-                raise SaveTimeoutError(what + why, hint=error.hint, **error.context) from None
+            except SaveTimeoutError:
+                raise handle.late(level, timeout_s or 0.0) from None
         for save_id in failures:
             self.handles.pop(save_id, None)
         if failures:
@@ -226,9 +224,10 @@ class AgentLink:
                     if handle.save_id in save_ids:
                         handle.reach("remote", name)
 
-    def _because(self, level: str) -> str:
+    def _because(self, level: str, waited_s: float = math.inf) -> str:
         """What keeps uploads from getting on, as the agent tells it; empty if it knows of nothing."""
-        if level != "remote":
+        # Who waits in short slices, as the manager does for signals, is not kept longer by an agent that hangs.
+        if level != "remote" or waited_s <= FOLLOW_SECONDS:
             return ""
         try:
             remotes = self.client.status()["runs"].get(self._run, {}).get("remotes", {})

@@ -54,6 +54,22 @@ def test_a_long_wait_is_told_with_its_cause(link: AgentLink, caplog: pytest.LogC
     link.wait("local", 0.1)
 
 
+def test_a_handle_tells_the_same_cause(link: AgentLink) -> None:
+    handle = follow(link, 7)
+    with pytest.raises(SaveTimeoutError) as late:
+        handle.wait("remote", 0.1)
+    with pytest.raises(SaveTimeoutError) as stores:
+        link.wait("remote", 0.1)
+    assert late.value.message == stores.value.message
+    assert late.value.message.endswith("within 0.1 s; s3: http://s3 can't be reached")
+    assert (late.value.context, late.value.hint) == (stores.value.context, stores.value.hint)
+    with pytest.raises(SaveTimeoutError, match=r"within 0\.01 s \("):
+        handle.wait("remote", 0.01)  # who waits in slices is not kept up by asking the agent
+    link._client = None
+    with pytest.raises(SaveTimeoutError, match=r"within 0\.1 s \("):
+        handle.wait("remote", 0.1)
+
+
 def test_a_failure_is_not_lost_while_another_save_is_late(link: AgentLink) -> None:
     follow(link, 1).fail(CredentialsError("no"), "remote", "s3")
     late = follow(link, 2)
