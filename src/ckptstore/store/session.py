@@ -16,9 +16,10 @@ from ckptstore.agent.protocol import SealRequest
 from ckptstore.clock import SYSTEM_CLOCK, new_nonce, rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.dcp.agreement import Agreement
+from ckptstore.dcp.device_copy import streams_of
 from ckptstore.dcp.planner import Plan
 from ckptstore.dcp.prepare import Prepared, Preparer
-from ckptstore.dcp.stage import Stage, streams_of
+from ckptstore.dcp.stage import Stage
 from ckptstore.dcp.walk import Kind
 from ckptstore.errors import (
     CkptError,

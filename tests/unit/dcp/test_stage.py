@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from concurrent.futures import thread as executors
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,8 @@ from ckptstore.dcp import stage as stage_module
 from ckptstore.dcp.binder import Binder, bind
 from ckptstore.dcp.pause import no_collections
 from ckptstore.dcp.planner import plan
-from ckptstore.dcp.stage import Stage, _Copy, _portions, _run, copy_pieces, streams_of
+from ckptstore.dcp.portions import Copy, run
+from ckptstore.dcp.stage import Stage, _portions, copy_pieces
 from ckptstore.format.stock import layout
 from ckptstore.store.fence import Fence
 
@@ -91,11 +91,11 @@ def test_pages_are_brought_once_for_each_image_by_its_first_long_copy(monkeypatc
         assert sum(brought) == images_brought * places.image_bytes
 
 
-def _large() -> tuple[list[torch.Tensor], list[_Copy]]:
+def _large() -> tuple[list[torch.Tensor], list[Copy]]:
     """Targets, and copies into them that are worth several threads."""
     sources = [torch.full((5_000_000,), float(i + 1)) for i in range(4)]
     targets = [torch.zeros_like(source) for source in sources]
-    return targets, [_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]
+    return targets, [Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]
 
 
 def _is_copied(targets: list[torch.Tensor]) -> bool:
@@ -122,7 +122,7 @@ def test_nobody_is_copying_any_more_when_a_copy_has_failed(fails_in: str, monkey
 
     monkeypatch.setattr(stage_module, "_copy_blocks", copy)
     with pytest.raises(RuntimeError, match="no"):
-        _run(_portions(_large()[1]), 2)
+        run(_portions(_large()[1]), 2)
     assert not busy
 
 
@@ -166,7 +166,7 @@ def test_an_interrupt_waits_for_the_other_threads(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(stage_module, "_copy_blocks", copy)
     with pytest.raises(KeyboardInterrupt):
-        _run(_portions(_large()[1][:1]), 2)
+        run(_portions(_large()[1][:1]), 2)
     assert ended.is_set()
 
 
@@ -174,13 +174,13 @@ def test_everything_is_copied_when_no_thread_can_be_had(monkeypatch: pytest.Monk
     """As at the interpreter's end, which waits for a copy in the background."""
     targets, copies = _large()
     monkeypatch.setattr(executors, "_shutdown", True)
-    _run(_portions(copies), 4)
+    run(_portions(copies), 4)
     assert _is_copied(targets)
 
 
 def test_a_forked_child_copies_collects_and_steps_on_its_own() -> None:
     targets, copies = _large()
-    _run(_portions(copies), 3)
+    run(_portions(copies), 3)
     fence, release = Fence(), threading.Event()
     fence.run(lambda: assert_released(release))
     with no_collections():
@@ -191,7 +191,7 @@ def test_a_forked_child_copies_collects_and_steps_on_its_own() -> None:
                 torch.set_num_threads(1)  # torch's own threads are not there either
                 for target in targets:
                     target.zero_()
-                _run(_portions(copies), 3)
+                run(_portions(copies), 3)
                 fence.wait()
                 os._exit(0 if _is_copied(targets) and gc.isenabled() else 1)
             finally:
@@ -205,15 +205,3 @@ def test_a_forked_child_copies_collects_and_steps_on_its_own() -> None:
 
 def assert_released(release: threading.Event) -> None:
     assert release.wait(120)
-
-
-def test_copies_in_the_background_know_the_streams_of_the_thread_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    def on(device: torch.device) -> Any:
-        return SimpleNamespace(device=device, is_cuda=device.type == "cuda")
-
-    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    binding: Any = SimpleNamespace(locals=[on(first), on(torch.device("cpu")), on(second), on(first)])
-    assert streams_of(binding) == {}  # no CUDA in use, and none is started
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    assert streams_of(binding) == {first: "stream of cuda:0", second: "stream of cuda:1"}
