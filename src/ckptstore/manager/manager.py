@@ -250,6 +250,8 @@ class CheckpointManager:
     ) -> SaveHandle | None:
         """Tell that optimizer step ``step`` is complete; saves if that is due. Collective.
 
+        The first call also has the store prepared, so that the first save costs no more than later ones.
+
         Args:
             step: Optimizer steps done.
             epoch: The epoch this step belongs to.
@@ -271,7 +273,7 @@ class CheckpointManager:
             signal, reason = agenda.at_step(block.pending, is_watching=block.watch is not None)
             if signal is not None:
                 block.stop(signal, metrics, can_save=agenda.can_save)
-            handle: SaveHandle | None = None
+            handle = None
             if reason is not None and not self._progress.is_saved(step):
                 handle = self._save(Occasion(step, self._progress.epoch, metrics, reason=reason))
             elif not self._saver.is_ready:
