@@ -20,7 +20,7 @@ from ckptstore.manager.tracking import OWN_KEY
 from ckptstore.policy.retention import SUSPECT
 from ckptstore.policy.space import forecast
 from ckptstore.store import SaveHandle
-from ckptstore.store.session import read_metrics
+from ckptstore.store.facts import read_metrics
 from ckptstore.types import CheckpointInfo
 
 OWN_VERSION = 1

@@ -25,16 +25,16 @@ from ckptstore.errors import (
     CkptError,
     ConfigError,
     SaveFailedError,
-    StateError,
     StorageError,
     TransientError,
 )
 from ckptstore.format.manifest import Parent, Summary
+from ckptstore.store.facts import read_metrics, versions
 from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
 from ckptstore.store.link import AgentLink
 from ckptstore.store.timeline import TimelineKeeper
-from ckptstore.types import CheckpointInfo, json_number
+from ckptstore.types import CheckpointInfo
 
 log = logging.getLogger("ckptstore")
 
@@ -366,31 +366,13 @@ class Session:
             metrics=checked,
             tags=tuple(tags),
             emergency=emergency,
-            versions=_versions(),
+            versions=versions(),
         )
 
     def close(self) -> None:
         """Detach; the agent goes on with what it holds."""
         self.fence.close()
         self.link.close()
-
-
-def read_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | str]:
-    """Metric values as floats (or "nan", "inf", "-inf"): read on the host, detached from any graph.
-
-    Raises:
-        StateError: a value that is not one number.
-    """
-    result: dict[str, float | str] = {}
-    for name, value in (metrics or {}).items():
-        try:
-            number = value.detach().item() if hasattr(value, "detach") else float(value)
-            result[str(name)] = json_number(float(number))
-        except (TypeError, ValueError, RuntimeError):
-            raise StateError(
-                f"metric {name!r} is not one number but {type(value).__name__}", hint="pass a float", key=str(name)
-            ) from None
-    return result
 
 
 @contextmanager
@@ -407,11 +389,3 @@ def _copy_threads() -> int:
     import torch
 
     return max(1, min(4, torch.get_num_threads()))
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    from ckptstore._version import __version__
-
-    return {"ckptstore": __version__, "torch": torch.__version__}
