@@ -9,10 +9,10 @@ from pathlib import Path
 #: Left to everybody else.
 HEADROOM_BYTES = 64 << 20
 
-#: Files of a memory cgroup: limit, use, statistics, and what of these can be had back. Source: the kernel's
-#: admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst
-_V2 = ("memory.max", "memory.current", "memory.stat", "inactive_file")
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
+#: Files of a memory cgroup: limits, use, statistics, and what of these can be had back. Over v2's lower limit nobody is
+#: killed, but held up until nothing goes on. Source: the kernel's admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst
+_V2 = (("memory.max", "memory.high"), "memory.current", "memory.stat", "inactive_file")
+_V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
 
 
 def available_memory(system: Path = Path("/")) -> int:
@@ -22,12 +22,12 @@ def available_memory(system: Path = Path("/")) -> int:
         system: where /proc and /sys are.
     """
     free = [_meminfo_available(system)]
-    for directory, (limit, used, statistics, reclaimable) in _cgroups(system):
+    for directory, (limits, used, statistics, reclaimable) in _cgroups(system):
         with suppress(OSError, ValueError):
-            most = (directory / limit).read_text().strip()
-            if most != "max":
+            texts = [(directory / limit).read_text().strip() for limit in limits]
+            if numbers := [int(text) for text in texts if text != "max"]:
                 lines = dict(line.split() for line in (directory / statistics).read_text().splitlines())
-                free.append(int(most) - int((directory / used).read_text()) + int(lines.get(reclaimable, 0)))
+                free.append(min(numbers) - int((directory / used).read_text()) + int(lines.get(reclaimable, 0)))
     return min(free) - HEADROOM_BYTES
 
 
@@ -38,7 +38,7 @@ def _meminfo_available(system: Path) -> int:
     return 1 << 62
 
 
-def _cgroups(system: Path) -> Iterator[tuple[Path, tuple[str, str, str, str]]]:
+def _cgroups(system: Path) -> Iterator[tuple[Path, tuple[tuple[str, ...], str, str, str]]]:
     """Our memory cgroups, innermost first, and their files' names. In a container what is above it isn't there."""
     with suppress(OSError, ValueError):
         for line in (system / "proc/self/cgroup").read_text().splitlines():

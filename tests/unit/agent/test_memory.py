@@ -18,11 +18,15 @@ def _system(root: Path, membership: str, files: dict[str, str]) -> Path:
     return root
 
 
-def _limited(directory: str, version: int, limit: str, used: int, reclaimable: int) -> dict[str, str]:
+def _limited(
+    directory: str, version: int, limit: str, used: int, reclaimable: int, high: str = "max"
+) -> dict[str, str]:
     limit_file, used_file, prefix = {
         1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"), 2: ("memory.max", "memory.current", "")
     }[version]  # fmt: skip
     texts = {limit_file: limit, used_file: str(used), "memory.stat": f"cache 5\n{prefix}inactive_file {reclaimable}"}
+    if version == 2:
+        texts["memory.high"] = high
     return {f"sys/fs/cgroup/{directory}/{name}": f"{text}\n" for name, text in texts.items()}
 
 
@@ -40,12 +44,14 @@ HYBRID = "5:cpu,cpuacct:/\n4:memory:/a/b\n1:name=systemd:/a\n0::/a/b\n"
         ("0::/a/b\n", _limited("a/b", 2, f"{500 * MIB}", 300 * MIB, 100 * MIB), 300),
         ("0::/a/b\n", _limited("a/b", 2, "max", 9, 0) | _limited("a", 2, f"{400 * MIB}", 300 * MIB, 0), 100),
         ("0::/a/b\n", _limited("", 2, f"{700 * MIB}", 0, 0), 700),
+        ("0::/a\n", _limited("a", 2, "max", 300 * MIB, 0, high=f"{500 * MIB}"), 200),
+        ("0::/a\n", _limited("a", 2, f"{400 * MIB}", 300 * MIB, 0, high=f"{500 * MIB}"), 100),
         (HYBRID, _limited("memory/a/b", 1, f"{500 * MIB}", 300 * MIB, 100 * MIB), 300),
         (HYBRID, _limited("memory/a/b", 1, NO_LIMIT, 0, 0) | _limited("memory/a", 1, f"{9 * MIB}", 0, 0), 9),
         ("4:memory:/docker/x\n", _limited("memory", 1, f"{600 * MIB}", 0, 0), 600),
         (HYBRID, _limited("memory/a/b", 1, f"{9000 * MIB}", 0, 0), 1024),
     ],
-    ids=["none", "unreadable", "no limit", "v2", "above", "container", "v1", "v1 above", "v1 container", "machine"],
+    ids=["none", "unreadable", "no limit", "v2", "above", "container", "high", "low", "v1", "v1 above", "v1 container", "machine"],
 )  # fmt: skip
 def test_the_tightest_cgroup_decides(membership: str, files: dict[str, str], mib: int, tmp_path: Path) -> None:
     assert available_memory(_system(tmp_path, membership, files)) == mib * MIB - HEADROOM_BYTES
