@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -457,6 +458,25 @@ def test_a_server_that_cannot_be_reached_is_transient_when_nothing_listens(schem
             use()
         assert caught.value.context["reason"] == "unreachable"
     store.close()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "oss"])
+def test_an_endpoint_whose_name_nobody_knows_is_told_apart_from_a_silent_one(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    keys = {f"{prefix}_{name}": "k" for prefix in ("AWS", "OSS") for name in ("ACCESS_KEY_ID", "ACCESS_KEY_SECRET")}
+    keys["AWS_SECRET_ACCESS_KEY"] = "s"
+    url = f"{scheme}://bucket/p?endpoint=http://no-such-host.invalid&region=r"
+    store = open_blob_store(url, environ=keys, retry=False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(TransientError, match=r"the name of http://no-such-host\.invalid can't be resolved") as caught:
+        store.get("k")
+    store.close()
+    assert caught.value.context["reason"] == "unreachable"
+    assert "spelling" in (caught.value.hint or "")
 
 
 @pytest.mark.filterwarnings("always::ResourceWarning")

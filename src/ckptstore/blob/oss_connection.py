@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from ckptstore.blob.address import Address
 from ckptstore.blob.proxies import proxies_of
-from ckptstore.blob.refusals import Refusal
+from ckptstore.blob.refusals import Refusal, is_unknown_name, unreachable
 from ckptstore.errors import CkptError, ConfigError, CredentialsError, TransientError
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -137,13 +137,9 @@ class OSSConnection:
             return TransientError(
                 f"could not {what}: {self.endpoint} did not answer in time", reason="timeout", **place
             )
-        if isinstance(cause, requests.exceptions.ConnectionError) and "Failed to establish" in str(cause):
-            return TransientError(
-                f"could not {what}: {self.endpoint} can't be reached",
-                reason="unreachable",
-                hint="is it running?",
-                **place,
-            )
+        is_refused = isinstance(cause, requests.exceptions.ConnectionError) and "Failed to establish" in str(cause)
+        if is_refused or is_unknown_name(cause):
+            return unreachable(what, cause, place)
         if isinstance(cause, (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, oss.ClientError)):
             return ConfigError(f"could not {what} in bucket {self._bucket}: {cause}", **place)
         if isinstance(cause, (requests.exceptions.RequestException, HTTPError, OSError)):

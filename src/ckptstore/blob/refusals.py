@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -95,6 +96,22 @@ _ELSEWHERE = frozenset(
     }
 )
 _EXISTS = frozenset({"PreconditionFailed", "FileAlreadyExists"})
+
+
+def unreachable(what: str, error: BaseException, place: Mapping[str, Any]) -> TransientError:
+    """The error to raise where no connection to ``place["endpoint"]`` could be made, because of ``error``."""
+    where, hint = f"{place['endpoint']} can't be reached", "is it running?"
+    if is_unknown_name(error):
+        where = f"the name of {place['endpoint']} can't be resolved"
+        hint = "check the endpoint's spelling, and this machine's DNS"
+    return TransientError(f"could not {what}: {where}", reason="unreachable", hint=hint, **place)
+
+
+def is_unknown_name(error: BaseException | None) -> bool:
+    """Whether a host that nobody can resolve is at the bottom of it."""
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @dataclass(frozen=True)

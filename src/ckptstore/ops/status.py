@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from ckptstore.agent.client import AgentClient
 from ckptstore.clock import SYSTEM_CLOCK, Clock
-from ckptstore.errors import TransientError
+from ckptstore.errors import StorageError, TransientError
 from ckptstore.ops.open import RunTiers
+from ckptstore.repo.catalog import Catalog
 from ckptstore.types import CheckpointInfo
 
 
@@ -23,7 +25,7 @@ class Safety:
     seconds_at_risk: float | None
     steps_at_risk: int | None
     unknown: str | None = None
-    """Why that can't be told now: the remote is out of reach."""
+    """Why that can't be told now: the remote is out of reach, or refuses."""
 
     def to_json(self) -> dict[str, Any]:
         from ckptstore.clock import rfc3339
@@ -48,6 +50,8 @@ class Status:
     waiting_bytes: int
     agent: dict[str, Any] | None = field(default=None)
     ranks: tuple[Rank, ...] = ()
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Remotes that could not be asked, and why."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,12 @@ class Rank:
 
 
 def status(tiers: RunTiers, clock: Clock = SYSTEM_CLOCK) -> Status:
-    """Look at the tiers and at the agent, if one runs for this local tier; a remote out of reach is said, no more."""
+    """Look at the tiers and at the agent, if one runs for this local tier.
+
+    Where the local tier tells something, a remote that is out of reach or refuses is said, no more.
+    """
     agent = _agent(tiers)
-    catalog = tiers.catalog(tolerate_unreachable=True)
+    catalog, unknown = _catalog(tiers)
     infos = [record.info() for record in catalog.line()]
     said = (agent or {}).get("runs", {}).get(tiers.run, {})
     staged = [save for save in said.get("saves", []) if not save["ranks_missing"]]
@@ -82,15 +89,36 @@ def status(tiers: RunTiers, clock: Clock = SYSTEM_CLOCK) -> Status:
     waiting: set[str] = set()
     for remote in tiers.remotes:
         survives = f"loss of the machine ({remote.name})"
-        if remote.name in catalog.unreachable:
-            safety.append(Safety(survives, None, None, None, None, catalog.unreachable[remote.name].message))
+        if remote.name in unknown:
+            safety.append(Safety(survives, None, None, None, None, unknown[remote.name]))
             continue
         held = [info for info in infos if info.tiers.get(remote.name) == "complete"]
         safety.append(_safety(survives, held, newest, clock))
         behind = {info.save_id for info in held}
         waiting |= {info.save_id for info in infos if info.save_id not in behind}
     waiting_bytes = sum(info.size_bytes for info in infos if info.save_id in waiting)
-    return Status(tiers.run, safety, len(waiting), waiting_bytes, agent, _ranks(tiers.run, agent or {}, said))
+    ranks = _ranks(tiers.run, agent or {}, said)
+    return Status(tiers.run, safety, len(waiting), waiting_bytes, agent, ranks, unknown)
+
+
+def _catalog(tiers: RunTiers) -> tuple[Catalog, dict[str, str]]:
+    """What the tiers hold, and why which remote could not be asked."""
+    refused: dict[str, StorageError] = {}
+    while True:
+        asked = tuple(remote for remote in tiers.remotes if remote.name not in refused)
+        try:
+            catalog = replace(tiers, remotes=asked).catalog(tolerate_unreachable=True)
+        except TransientError:
+            raise
+        except StorageError as error:
+            name = error.context.get("tier")
+            if not any(remote.name == name for remote in asked):
+                raise
+            refused[str(name)] = error
+            continue
+        if refused and not catalog.records:
+            raise next(iter(refused.values()))
+        return catalog, {name: error.message for name, error in {**catalog.unreachable, **refused}.items()}
 
 
 def _staged(staged: list[dict[str, Any]], infos: list[CheckpointInfo], clock: Clock) -> Safety:

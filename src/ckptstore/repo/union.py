@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ckptstore.errors import FormatError, IntegrityError, NoStoreError, NotFoundError, TransientError
+from ckptstore.errors import FormatError, IntegrityError, NoStoreError, NotFoundError, StorageError, TransientError
 from ckptstore.format.manifest import Summary
 from ckptstore.repo import timelines
 from ckptstore.repo.directory import check_summary
@@ -166,3 +166,6 @@ def _list(remote: RemoteTier) -> tuple[list[RemoteSave], set[str]] | TransientEr
         return remote.saves(), remote.pins()
     except TransientError as error:
         return error
+    except StorageError as error:
+        error.context.setdefault("tier", remote.name)  # whoever can do without this one leaves it out
+        raise

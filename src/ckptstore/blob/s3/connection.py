@@ -15,7 +15,7 @@ from ckptstore._version import __version__
 from ckptstore.blob.address import Address
 from ckptstore.blob.bucket import md5_base64
 from ckptstore.blob.proxies import proxies_of
-from ckptstore.blob.refusals import Refusal
+from ckptstore.blob.refusals import Refusal, unreachable
 from ckptstore.errors import CkptError, ConfigError, CredentialsError, TransientError
 
 if TYPE_CHECKING:
@@ -114,14 +114,8 @@ class S3Connection:
                 hint="set AWS_CA_BUNDLE to the certificate of a private CA",
                 **place,
             )
-        unreachable = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError)
-        if isinstance(error, unreachable):
-            return TransientError(
-                f"could not {what}: {place['endpoint']} can't be reached",
-                reason="unreachable",
-                hint="is it running?",
-                **place,
-            )
+        if isinstance(error, (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError)):
+            return unreachable(what, error, place)
         if isinstance(error, boto.ReadTimeoutError):
             return TransientError(
                 f"could not {what}: {place['endpoint']} did not answer in time", reason="timeout", **place

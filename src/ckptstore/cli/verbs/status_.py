@@ -10,7 +10,7 @@ from ckptstore.cli.opened import opened
 from ckptstore.cli.options import Settings, store_argument, verb
 from ckptstore.cli.output import colour_words, plain, print_json, table
 from ckptstore.cli.queues import queue_line
-from ckptstore.errors import TransientError
+from ckptstore.errors import CheckpointNotFoundError, StorageError
 from ckptstore.ops.cost import cost
 from ckptstore.ops.open import Place
 from ckptstore.ops.settings import Settings as Sources
@@ -42,7 +42,8 @@ def command(settings: Settings, is_live: bool, interval_s: float, with_cost: boo
             watch(lambda: _lines(status(tiers)), interval_s=interval_s)
         found = status(tiers)
         prices = Sources.read().prices() if with_cost else {}
-        costs = [cost(remote, prices) for remote in tiers.remotes] if with_cost else []
+        asked = [remote for remote in tiers.remotes if with_cost and remote.name not in found.unknown]
+        costs = [cost(remote, prices) for remote in asked]
     if settings.as_json:
         print_json(
             run=found.run,
@@ -67,13 +68,16 @@ def command(settings: Settings, is_live: bool, interval_s: float, with_cost: boo
 
 
 def _run(place: Place, run: str | None) -> str:
-    """The run to look at: a remote that is out of reach doesn't keep the local tier from telling."""
+    """The run to look at: a remote that is out of reach, or refuses, doesn't keep the local tier from telling."""
     try:
         return place.choose_run(run)
-    except TransientError:
-        if place.local is None or not place.local.exists():
+    except StorageError as error:
+        if isinstance(error, CheckpointNotFoundError) or place.local is None or not place.local.exists():
             raise
-        return Place(place.local, {}).choose_run(run)
+        try:
+            return Place(place.local, {}).choose_run(run)
+        except CheckpointNotFoundError:
+            raise error from None  # that remote may have it
 
 
 def _dollars(amount: float) -> str:
