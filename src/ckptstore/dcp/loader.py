@@ -5,6 +5,7 @@ All ranks agree after each of the three steps, so that none is changed when one 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,7 +22,13 @@ from ckptstore.dcp.target import Matched, Matcher, Slot
 from ckptstore.errors import CkptError, LoadMismatchError, SaveFailedError
 from ckptstore.types import LoadReport
 
+log = logging.getLogger("ckptstore")
+
 _LISTED = 20
+_HINTS = {
+    True: "fix the target, or pass strict=False to load what fits",
+    False: "shapes must fit even with strict=False",
+}
 
 
 @no_collections()
@@ -78,6 +85,8 @@ def load_into(
     except CkptError as refused:
         error = error or refused
     ranks.together(error, what="comparing the target with the checkpoint")
+    for warning in matched.warnings if ranks.rank == 0 else ():
+        log.warning("%s", warning)
     assert matcher is not None
     assert filler is not None
 
@@ -154,9 +163,7 @@ def _mismatch(matched: Matched, *, strict: bool) -> LoadMismatchError | None:
         return None
     return LoadMismatchError(
         "the target does not fit the checkpoint; " + "; ".join(problems),
-        hint="fix the target, or pass strict=False to load what fits"
-        if strict
-        else "shapes must fit even with strict=False",
+        hint="; ".join(dict.fromkeys([*matched.hints, *matched.warnings])) or _HINTS[strict],
         missing=list(matched.missing),
         unexpected=list(matched.unexpected),
         mismatched=list(matched.mismatched),

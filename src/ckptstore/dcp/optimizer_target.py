@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 Path = tuple[Any, ...]
 
+#: Options of groups that learning rate schedulers put there.
+_OF_SCHEDULERS = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "min_momentum", "swa_lr"}
+)
+
 
 def match_optimizer(matcher: Matcher, path: Path, optimizer: Optimizer, stored: Any) -> None:
     """Match an optimizer with what is stored under its key."""
@@ -48,6 +53,7 @@ def match_optimizer(matcher: Matcher, path: Path, optimizer: Optimizer, stored: 
         _match_fsdp1(matcher, key, sharded, optimizer, stored, groups)
         return
     match = _Match(matcher, key, optimizer, stored, groups, runs or {})
+    match.kind()
     match.states()
     match.groups()
 
@@ -102,6 +108,21 @@ class _Match:
                     self._stored_as[id(parameter)] = found
                 position += 1
 
+    def kind(self) -> None:
+        """Warn where the stored state is another kind of optimizer's: loaded as torch does, it may be of no use."""
+        stored = {option for group in self._groups for option in _hyperparameters(group)}
+        has = {option for group in self._optimizer.param_groups for option in group} | self._optimizer.defaults.keys()
+        theirs, mine = sorted(stored - has - _OF_SCHEDULERS), sorted(self._optimizer.defaults.keys() - stored)
+        # Only both together tell of another kind: newer versions of torch have options that older ones lacked.
+        if theirs and mine and self._m.wants(self._key, f"{self._key}.*"):
+            entries = [entry for entry in self._state.values() if isinstance(entry, dict)]
+            fields = sorted({str(field) for entry in entries for field in entry})
+            this = f"{self._key!r} is of class {type(self._optimizer).__name__}"
+            self._m.found.warnings.append(
+                f"{this}, what is stored is another kind of optimizer's: "
+                f"state {', '.join(fields) or 'none'}; options {', '.join(theirs)} instead of {', '.join(mine)}"
+            )
+
     def states(self) -> None:
         """The moments of every parameter."""
         for group in self._optimizer.param_groups:
@@ -109,6 +130,10 @@ class _Match:
                 name = self._names[id(parameter)]
                 if id(parameter) not in self._stored_as:
                     self._m.note_missing(f"{self._key}.state.{name}")
+                    if id(parameter) not in self._m.walk.owners:
+                        self._m.found.hints.append(
+                            f"pass the model along with {self._key!r}: parameters have their names from it"
+                        )
                     continue
                 self._one(parameter, group, name, self._state.pop(self._stored_as[id(parameter)], None))
         names, state = set(self._stored_names.all), self._optimizer.state

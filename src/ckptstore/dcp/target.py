@@ -59,6 +59,8 @@ class Matched:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     cast: dict[str, tuple[str, str]] = field(default_factory=dict)
+    hints: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Matcher:

@@ -322,3 +322,56 @@ def test_a_parameter_the_stored_optimizer_did_not_have_is_missing() -> None:
             {"m": model, "o": torch.optim.SGD(model.parameters(), lr=1.0)},
             save({"m": model, "o": torch.optim.SGD([model.weight], lr=1.0)}),
         )
+
+
+def trained(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer after a step."""
+    model = nn.Linear(2, 2)
+    optimizer = kind(model.parameters(), lr=0.1, **options)  # type: ignore[call-arg]
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_an_optimizer_without_its_model_is_told_to_bring_it_along() -> None:
+    model, optimizer = trained(torch.optim.AdamW)
+    checkpoint = save({"model": model, "opt": optimizer})
+    for strict in (True, False):
+        target = {"opt": trained(torch.optim.AdamW)[1]}
+        if strict:
+            with pytest.raises(LoadMismatchError, match=r"opt\.state\.weight") as caught:
+                load_into(target, checkpoint)
+            assert caught.value.hint == "pass the model along with 'opt': parameters have their names from it"
+        else:
+            assert "opt.state.weight" in load_into(target, checkpoint, strict=False).unexpected
+
+
+def test_another_kind_of_optimizer_is_warned_of_by_what_differs(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = trained(torch.optim.AdamW)
+    checkpoint = save({"model": model, "opt": optimizer})
+    other = nn.Linear(2, 2)
+    load_into({"model": other, "opt": torch.optim.SGD(other.parameters(), lr=0.1)}, checkpoint)
+    (warning,) = caplog.messages
+    assert warning.startswith("'opt' is of class SGD, what is stored is another kind of optimizer's: ")
+    assert "state exp_avg, exp_avg_sq, step;" in warning
+    assert "betas" in warning
+    assert warning.endswith("instead of dampening, momentum, nesterov")
+
+    caplog.clear()
+    model, moments = trained(torch.optim.SGD, momentum=0.9)
+    with pytest.raises(LoadMismatchError) as caught:
+        load_into({"model": model, "opt": moments}, checkpoint)
+    assert (caught.value.hint or "").startswith("'opt' is of class SGD")
+    assert not caplog.messages, "the error says it"
+
+
+def test_options_of_schedulers_and_other_versions_are_no_other_kind(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = trained(torch.optim.AdamW)
+    for group in optimizer.param_groups:  # as an older torch kept it, with a scheduler
+        group.pop("decoupled_weight_decay", None)
+        group["initial_lr"] = 0.5
+    checkpoint = save({"model": model, "opt": optimizer})
+    for kind in (torch.optim.AdamW, torch.optim.Adam):
+        other = nn.Linear(2, 2)
+        load_into({"model": other, "opt": kind(other.parameters(), lr=0.1)}, checkpoint)
+    assert not caplog.messages
