@@ -1,6 +1,7 @@
 """How long a save holds up training, and how long until it is on disk, against the peers, in one run.
 
     python benchmarks/save.py [--mib 1536] [--rounds 5] [--threads 2] [--only large,first,small,small-fsdp2,ddp,...]
+    python benchmarks/save.py --only shares --output benchmarks/results/shares.json
 
 Genuine AdamW training state (weights and both moments after real steps). In every round every contender saves once, in
 a shuffled order, so that drift of the machine hits all alike; figures are medians, ratios are of medians. ``stall`` is
@@ -26,6 +27,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from shares import SPLITS, noted, shares, split
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, get_state_dict
@@ -349,15 +352,8 @@ def small(bench: Bench, tensors: int = 10_000) -> dict[str, Any]:
 
 
 def spans_of(store: CheckpointStore, save_id: str) -> list[dict[str, float]]:
-    """What each rank noted of its save; the agent writes it down right after the commit."""
-    from ckptstore.repo import timings
-    from ckptstore.repo.local import LocalTier
-
-    assert store.local is not None
-    tier = LocalTier(store.local)
-    while "ranks" not in (note := timings.read(tier, store.run, save_id)):
-        time.sleep(0.01)
-    return list(note["ranks"].values())
+    """What each rank noted of its save."""
+    return list(noted(store, save_id)["ranks"].values())
 
 
 def pss_bytes(*pids: int) -> int:
@@ -490,6 +486,8 @@ def main() -> None:
                 results[name] = large(bench, args.mib)
             elif name == "first":
                 results[name] = firsts(args, bench)
+            elif name == "shares":
+                results[name] = shares(folder, args.mib, args.rounds, partial(in_shares, args, folder), os.sync)
             elif name == "small":
                 results[name] = small(bench)
             else:
@@ -525,6 +523,11 @@ def in_process(part: str, args: argparse.Namespace, folder: Path, ranks: int = 0
     return result
 
 
+def in_shares(args: argparse.Namespace, folder: Path, number: int, ranks: int) -> list[float]:
+    seconds: list[float] = in_process(f"shares-{number}", args, folder, ranks)["seconds"]
+    return seconds
+
+
 def part(args: argparse.Namespace) -> None:
     bench = Bench(args.folder / "part", args.rounds)
     if args.part.startswith("first-"):
@@ -534,7 +537,13 @@ def part(args: argparse.Namespace) -> None:
         return
     dist.init_process_group("gloo")
     bench.folder.mkdir(exist_ok=True)
-    result = small(bench) if args.part == "small-fsdp2" else ranks(bench, args.part, args.mib)
+    if args.part.startswith("shares-"):
+        weights = list(SPLITS.values())[int(args.part.removeprefix("shares-"))]
+        result = {"seconds": split(bench.store("shares"), weights, args.mib, bench._tidy)}
+    elif args.part == "small-fsdp2":
+        result = small(bench)
+    else:
+        result = ranks(bench, args.part, args.mib)
     if dist.get_rank() == 0:
         args.output.write_text(json.dumps(result))
     bench.close()
