@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -215,24 +216,59 @@ def test_run_passes_signals_on_and_refuses_what_is_no_command(tmp_path: Path) ->
 
 
 def test_agent_unit_and_status(tmp_path: Path) -> None:
-    unit = ckptctl("-s", tmp_path / "s", "agent", "unit")
-    assert f"-s {tmp_path}/s agent serve" in unit.out
+    unit = ckptctl("-s", tmp_path / "s", "agent", "unit").out
+    assert f"-s {tmp_path}/s agent serve --timeout 90\n" in unit
+    assert "Type=notify\n" in unit
+    assert "TimeoutStopSec=120\n" in unit
+    assert "User=" not in unit
     assert answer("-s", tmp_path / "s", "agent", "status")["agent"] is None
 
 
-def test_agent_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
+def test_a_unit_of_the_system_names_its_user_and_quotes_as_systemd_reads_it() -> None:
+    unit = ckptctl("-s", '/data/50% of $x "y', "agent", "unit", "--user", "alice", "--timeout", "20").out
+    assert "User=alice\n" in unit
+    assert "WantedBy=multi-user.target\n" in unit
+    assert "TimeoutStopSec=50\n" in unit
+    assert 'RequiresMountsFor="/data/50%% of $x \\"y"\n' in unit
+    assert '-s "/data/50%% of $$x \\"y" agent serve --timeout 20\n' in unit
+
+
+def test_a_service_stays_whatever_trainers_say_and_the_next_one_waits_for_its_turn(tmp_path: Path) -> None:
     from ckptstore.agent.client import AgentClient
 
-    argv = command("-s", str(tmp_path / "s"), "agent", "serve")
-    with subprocess.Popen(argv, env=clean(), stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 30
-        while (client := AgentClient.observe(tmp_path / "s")) is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert client is not None
-        client.close()
-        assert ckptctl("-s", tmp_path / "s", "agent", "serve").code == 11
-        assert answer("-s", tmp_path / "s", "agent", "stop", "--timeout", "20")["stopped"]
-        assert process.wait(30) == 0
+    root = tmp_path / "s"
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.settimeout(60)
+    manager.bind(str(tmp_path / "notify"))
+    env = clean() | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+    argv = command("-s", str(root), "agent", "serve")
+    with subprocess.Popen(argv, env=env) as first:
+        assert manager.recv(1000) == b"READY=1\nSTATUS=serving"
+        trainer = AgentClient.connect(
+            root,
+            run="r",
+            slot=0,
+            remotes={},
+            environ={},
+            config=StoreConfig(agent_idle_exit_seconds=0),
+            on_event=lambda event: None,
+        )
+        assert trainer.agent_pid == first.pid
+        with subprocess.Popen(argv, env=env) as second:
+            assert manager.recv(1000).startswith(b"READY=1\nSTATUS=waiting")
+            trainer.close()
+            detached = time.monotonic()
+            while time.monotonic() < detached + 1:
+                assert answer("-s", root, "agent", "status")["agent"]["pid"] == first.pid
+            first.send_signal(signal.SIGTERM)
+            assert first.wait(30) == 0
+            assert {manager.recv(1000), manager.recv(1000)} == {b"STOPPING=1", b"READY=1\nSTATUS=serving"}
+            assert answer("-s", root, "agent", "status")["agent"]["pid"] == second.pid
+            assert "waiting until it leaves" not in ckptctl("-s", root, "agent", "logs").out, "only of who serves"
+            assert "attached as slot 0 of r" in ckptctl("-s", root, "agent", "logs").out
+            assert answer("-s", root, "agent", "stop", "--timeout", "20")["stopped"]
+            assert second.wait(30) == 0
+    manager.close()
 
 
 @pytest.mark.parametrize("name", VERBS)

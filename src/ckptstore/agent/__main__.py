@@ -1,7 +1,8 @@
 """``python -m ckptstore.agent --root DIR``: the agent process.
 
-Started by a trainer it goes into the background at once; started by hand or by a service manager (without
-``--ready-fd``) it stays in the foreground and logs to stderr.
+Started by a trainer it goes into the background at once; started by hand (without ``--ready-fd``) it stays in the
+foreground and logs to stderr. As a service (``--stay``) it stays until told to leave, waits for its turn where a
+trainer has started one already, and logs to the agent's log too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--runtime", type=Path, help="folder of socket, lock and log (default: as trainers look for it)"
     )
     parser.add_argument("--idle-exit-seconds", type=float, default=60.0, help="leave after so long without work")
+    parser.add_argument("--stay", action="store_true", help="be a service: wait for your turn, leave only when told to")
     parser.add_argument("--drain-seconds", type=float, default=25.0, help="time for open work after SIGTERM")
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -37,16 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     import logging
+    import logging.handlers
     import time
 
+    from ckptstore.agent import service
     from ckptstore.agent.protocol import error_to_wire
-    from ckptstore.agent.runtime import RuntimeDir, try_lock
+    from ckptstore.agent.runtime import MAX_LOG_BYTES, RuntimeDir, try_lock
     from ckptstore.agent.server import AgentServer
     from ckptstore.logs import JsonFormatter, wants_json
 
     logging.Formatter.converter = time.gmtime
+    formatter = JsonFormatter() if wants_json() else logging.Formatter(TEXT_FORMAT, "%Y-%m-%dT%H:%M:%S")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if wants_json() else logging.Formatter(TEXT_FORMAT, "%Y-%m-%dT%H:%M:%S"))
+    handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     log = logging.getLogger("ckptstore.agent")
     _be_nice()
@@ -60,16 +65,24 @@ def _serve(args: argparse.Namespace) -> int:
             if lock is not None:
                 break
             time.sleep(0.1)  # a trainer that looks whether it is held holds it for a moment
-        else:
+        if lock is None and args.stay:
+            log.info("another agent of %s is there: waiting until it leaves", args.root)
+            service.tell("READY=1\nSTATUS=waiting until the agent that a trainer has started leaves")
+            lock = try_lock(directory.lock, waits=True)
+        if lock is None:
             log.info("another agent of %s is there", args.root)
             _report(args.ready_fd, {"elected": False})
             return 11
+        if args.stay:  # whose stderr nobody but its service manager has
+            kept = logging.handlers.RotatingFileHandler(directory.log, maxBytes=MAX_LOG_BYTES, backupCount=1)
+            kept.setFormatter(formatter)
+            logging.getLogger().addHandler(kept)
         os.ftruncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())
         server = AgentServer(
             args.root.absolute(),
             directory,
-            idle_exit_seconds=args.idle_exit_seconds,
+            idle_exit_seconds=None if args.stay else args.idle_exit_seconds,
             drain_seconds=args.drain_seconds,
         )
         server.start()
@@ -78,6 +91,7 @@ def _serve(args: argparse.Namespace) -> int:
         _report(args.ready_fd, {"error": error_to_wire(error)})
         return 1
     _report(args.ready_fd, {"elected": True})
+    service.tell("READY=1\nSTATUS=serving")
     server.run()
     logging.shutdown()
     # Threads may still hang in a request. The lock goes with the process, so whoever gets it next finds nobody writing.

@@ -194,7 +194,7 @@ class Connection:
         config = StoreConfig(**request["config"])
         server.check_root()
         server.tier.make_run(run)
-        server.idle_exit_seconds = config.agent_idle_exit_seconds
+        server.leave_when_idle_for(config.agent_idle_exit_seconds)
         cpus.keep_to(config.agent_cpus)
         if config.metrics_port is not None:
             server.serve_metrics(config.metrics_port)

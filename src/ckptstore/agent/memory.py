@@ -1,4 +1,4 @@
-"""How much memory a process here may still take: the machine's, and what its control groups leave of it."""
+"""How much memory a process here has, and may still take: the machine's, and what its control groups leave of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 #: Left to everybody else.
 HEADROOM_BYTES = 64 << 20
 
+_Files = tuple[tuple[str, ...], str, str, str]
+
 #: Files of a memory cgroup: limits, use, statistics, and what of these can be had back. Over v2's lower limit nobody is
 #: killed, but held up until nothing goes on. Source: the kernel's admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst
-_V2 = (("memory.max", "memory.high"), "memory.current", "memory.stat", "inactive_file")
-_V1 = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
+_V2: _Files = (("memory.max", "memory.high"), "memory.current", "memory.stat", "inactive_file")
+_V1: _Files = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
 
 
 def available_memory(system: Path = Path("/")) -> int:
@@ -38,7 +40,7 @@ def _meminfo_available(system: Path) -> int:
     return 1 << 62
 
 
-def _cgroups(system: Path) -> Iterator[tuple[Path, tuple[tuple[str, ...], str, str, str]]]:
+def _cgroups(system: Path) -> Iterator[tuple[Path, _Files]]:
     """Our memory cgroups, innermost first, and their files' names. In a container what is above it isn't there."""
     with suppress(OSError, ValueError):
         for line in (system / "proc/self/cgroup").read_text().splitlines():
@@ -53,3 +55,15 @@ def _cgroups(system: Path) -> Iterator[tuple[Path, tuple[tuple[str, ...], str, s
                 if not directory.is_relative_to(mount):
                     break
                 yield directory, files
+
+
+def own_memory() -> dict[str, int]:
+    """What this process has in memory: of its own, of files, and of the arenas it has mapped."""
+    fields = {"RssAnon": "own", "RssFile": "files", "RssShmem": "arenas"}
+    result = {}
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in fields:
+                result[fields[name]] = int(rest.split()[0]) * 1024
+    return result

@@ -47,6 +47,8 @@ ENVIRONMENT = (
 #: sun_path's size; longer socket paths are reached through a descriptor of their directory.
 MAX_SOCKET_PATH_BYTES = 100
 MAX_LOG_BYTES = 4 << 20
+#: Where a login makes XDG_RUNTIME_DIR. Source: pam_systemd(8)
+USER_DIRECTORIES = "/run/user"
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,19 @@ def _key(root: Path) -> str:
 
 
 def _bases(environ: Mapping[str, str]) -> list[Path]:
-    bases = []
-    xdg = environ.get("XDG_RUNTIME_DIR", "")
+    ours = [Path(tempfile.gettempdir()) / f"ckptstore-{os.getuid()}"]
     # Batch systems pass the variable on to nodes where the directory does not exist.
-    if Path(xdg).is_absolute() and os.path.isdir(xdg) and os.access(xdg, os.W_OK | os.X_OK):
-        bases.append(Path(xdg) / "ckptstore")
-    bases.append(Path(tempfile.gettempdir()) / f"ckptstore-{os.getuid()}")
-    return bases
+    if _is_usable(xdg := environ.get("XDG_RUNTIME_DIR", "")):
+        ours.insert(0, Path(xdg) / "ckptstore")
+    # Batch systems and cron don't set it where the user's services have it. Only to be looked into: it goes with the
+    # user's last session.
+    if _is_usable(usual := f"{USER_DIRECTORIES}/{os.getuid()}"):
+        ours.append(Path(usual) / "ckptstore")
+    return list(dict.fromkeys(ours))
+
+
+def _is_usable(directory: str) -> bool:
+    return Path(directory).is_absolute() and os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK)
 
 
 def _private_dir(path: Path) -> None:
@@ -157,11 +165,15 @@ def _private_dir(path: Path) -> None:
         )
 
 
-def try_lock(path: Path) -> int | None:
-    """A descriptor holding the flock of ``path``; None if another process holds it. Closing it unlocks."""
+def try_lock(path: Path, *, waits: bool = False) -> int | None:
+    """A descriptor holding the flock of ``path``; None if another process holds it. Closing it unlocks.
+
+    Args:
+        waits: until the other process lets go.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         return None

@@ -13,12 +13,14 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptstore._version import __version__
+from ckptstore.agent import service
 from ckptstore.agent.connection import Connection, peer_pid
 from ckptstore.agent.job import Watcher
 from ckptstore.agent.jobs import RunJobs
+from ckptstore.agent.memory import own_memory
 from ckptstore.agent.protocol import PROTOCOL
 from ckptstore.agent.runtime import RuntimeDir, listen
 from ckptstore.clock import SYSTEM_CLOCK, Clock, new_nonce
@@ -52,7 +54,8 @@ class AgentServer:
     Args:
         root: of the local tier; made if absent.
         directory: runtime folder; the caller holds its lock.
-        idle_exit_seconds: until a trainer says otherwise.
+        idle_exit_seconds: without trainers and work, until a trainer says otherwise; None: a service, which stays until
+            it is told to leave.
         drain_seconds: time for open work after SIGTERM.
     """
 
@@ -61,7 +64,7 @@ class AgentServer:
         root: Path,
         directory: RuntimeDir,
         *,
-        idle_exit_seconds: float,
+        idle_exit_seconds: float | None,
         drain_seconds: float,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -70,7 +73,7 @@ class AgentServer:
         self.runs: dict[str, RunJobs] = {}
         self.tier = LocalTier(root, clock)
         self.clock = clock
-        self.idle_exit_seconds = idle_exit_seconds
+        self._idle_exit_seconds = idle_exit_seconds
         self._root = root
         self._directory = directory
         self._drain_seconds = drain_seconds
@@ -115,6 +118,7 @@ class AgentServer:
                 log.exception("while looking after things")
                 time.sleep(1.0)
         log.info("leaving: %s", reason)
+        service.tell("STOPPING=1")
         self._leave()
 
     def _on_sigterm(self, number: int, _frame: object) -> None:
@@ -151,7 +155,7 @@ class AgentServer:
                     return "told to, and all is done"
             elif is_busy or is_attended:
                 self._idle_since = now
-            elif now - self._idle_since >= self.idle_exit_seconds:
+            elif self._idle_exit_seconds is not None and now - self._idle_since >= self._idle_exit_seconds:
                 self._is_leaving = True
                 return self._idle_reason()
         return None
@@ -204,6 +208,13 @@ class AgentServer:
 
     def _is_attended(self) -> bool:
         return any(connection.attachment is not None for connection in self._connections)
+
+    def leave_when_idle_for(self, seconds: float) -> None:
+        """Leave after so long without trainers and work, counted from now at the earliest; a service stays."""
+        with self.condition:
+            if self._idle_exit_seconds is not None:
+                self._idle_exit_seconds = seconds
+            self._idle_since = max(self._idle_since, self.clock.monotonic())
 
     def request_leave(self, timeout_s: float, *, when_done: bool) -> None:
         """Drain, then leave; at the latest after ``timeout_s``. ``when_done``: even if trainers are connected."""
@@ -335,7 +346,7 @@ class AgentServer:
             "root": str(self._root),
             "log": str(self._directory.log),
             "uptime_seconds": round(self.clock.monotonic() - self._begun, 3),
-            "rss_bytes": _rss_bytes(),
+            "rss_bytes": own_memory(),
             "trainers": trainers,
             "is_leaving": self._leave_by is not None,
             "metrics": None if self._metrics is None else self._metrics.place(),
@@ -383,15 +394,3 @@ def _touched(directory: Path) -> float:
             for entry in entries:
                 newest = max(newest, entry.stat(follow_symlinks=False).st_mtime)
     return newest
-
-
-def _rss_bytes() -> dict[str, Any]:
-    """Memory of this process: its own, and the arenas it has mapped."""
-    fields = {"RssAnon": "own", "RssFile": "files", "RssShmem": "arenas"}
-    result = {}
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            if name in fields:
-                result[fields[name]] = int(rest.split()[0]) * 1024
-    return result

@@ -51,8 +51,10 @@ HYBRID = "5:cpu,cpuacct:/\n4:memory:/a/b\n1:name=systemd:/a\n0::/a/b\n"
         ("4:memory:/docker/x\n", _limited("memory", 1, f"{600 * MIB}", 0, 0), 600),
         (HYBRID, _limited("memory/a/b", 1, f"{9000 * MIB}", 0, 0), 1024),
     ],
-    ids=["none", "unreadable", "no limit", "v2", "above", "container", "high", "below high"]
-    + ["v1", "v1 above", "v1 container", "machine"],
+    ids=[
+        "none", "unreadable", "no limit", "v2", "above", "container", "high", "below high",
+        "v1", "v1 above", "v1 container", "machine",
+    ],
 )  # fmt: skip
 def test_the_tightest_cgroup_decides(membership: str, files: dict[str, str], mib: int, tmp_path: Path) -> None:
     assert available_memory(_system(tmp_path, membership, files)) == mib * MIB - HEADROOM_BYTES

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ckptstore.agent import runtime as runtime_module
 from ckptstore.agent.runtime import RuntimeDir, agent_environment, dial, listen, try_lock
 from ckptstore.errors import ConfigError
 
@@ -53,6 +54,21 @@ def test_an_agent_is_found_when_xdg_differs_from_where_it_was_started(
     (tmp_path / "xdg").mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "xdg"))
     assert RuntimeDir.of(tmp_path / "root") == place
+
+
+def test_a_batch_job_finds_the_agent_of_the_users_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(runtime_module, "USER_DIRECTORIES", str(tmp_path / "user"))
+    login = tmp_path / "user" / str(os.getuid())
+    login.mkdir(parents=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(login))
+    service = RuntimeDir.of(tmp_path / "root")
+    assert service.path.is_relative_to(login)
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert not RuntimeDir.of(tmp_path / "root").path.is_relative_to(login), "it goes with the user's last session"
+    service.create()
+    service.lock.touch()
+    assert RuntimeDir.of(tmp_path / "root") == service
 
 
 def test_a_directory_that_is_not_private_is_refused(runtime: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -14,28 +15,40 @@ from ckptstore.ops.open import is_url
 from ckptstore.ops.words import counted
 
 UNIT = """\
-# ~/.config/systemd/user/ckptstore-agent.service
+# {path}
 [Unit]
-Description=ckptstore node agent of {root}
+Description=ckptstore node agent of {title}
+RequiresMountsFor={root}
 
 [Service]
-ExecStart={command} -s {root} agent serve
+Type=notify
+ExecStart={command} -s {argument} agent serve --timeout {drain}
 Restart=on-failure
-RestartPreventExitStatus=11
-KillSignal=SIGTERM
-TimeoutStopSec=120
+KillMode=mixed
+TimeoutStopSec={stop}
+OOMPolicy=continue
 UMask=0077
-
+{user}
 [Install]
-WantedBy=default.target
+WantedBy={target}
 """
+DRAIN_S = 600.0
+#: The user's service manager itself is killed 120 s after it was told to stop.
+UNIT_DRAIN_S = 90.0
+#: After the drain: the last uploads are broken off, and the hooks hear of it.
+LAST_WORDS_S = 30
 
 
 @verb()
 @click.argument("action", type=click.Choice(["status", "serve", "unit", "logs", "stop"]))
-@click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="stop, serve: seconds to drain.")
+@click.option(
+    "--timeout", "timeout_s", type=float, help="stop, serve, unit: seconds to drain.  [default: 600, of a unit 90]"
+)
 @click.option("-n", "--lines", type=int, help="logs: only the last N lines.")
-def command(settings: Settings, action: str, timeout_s: float, lines: int | None) -> int | None:
+@click.option("--user", help="unit: of the system's manager, to serve as this user.")
+def command(
+    settings: Settings, action: str, timeout_s: float | None, lines: int | None, user: str | None
+) -> int | None:
     """Look after the agent of a local tier. Trainers start one by themselves; `serve` makes it a service.
 
     \b
@@ -50,6 +63,7 @@ def command(settings: Settings, action: str, timeout_s: float, lines: int | None
       ckptctl -s /data/ckpt agent logs -n 50
       ckptctl -s /data/ckpt agent stop --timeout 60
       ckptctl -s /data/ckpt agent unit > ckptstore-agent.service
+      ckptctl -s /data/ckpt agent unit --user alice --timeout 30
     """
     store = settings.store_or_environment
     if store is None or is_url(store):
@@ -58,18 +72,40 @@ def command(settings: Settings, action: str, timeout_s: float, lines: int | None
     if action == "serve":
         from ckptstore.agent.__main__ import main as serve
 
-        forever = str(10 * 365 * 86400)
-        return serve(["--root", str(root), "--idle-exit-seconds", forever, "--drain-seconds", str(timeout_s)])
+        return serve(
+            ["--root", str(root), "--stay", "--drain-seconds", str(DRAIN_S if timeout_s is None else timeout_s)]
+        )
     if action == "unit":
-        import shlex
-        import shutil
-
-        print(UNIT.format(root=shlex.quote(str(root)), command=shutil.which("ckptctl") or "ckptctl"), end="")
+        print(_unit(root, UNIT_DRAIN_S if timeout_s is None else timeout_s, user), end="")
         return None
     if action == "logs":
         _print_log(root, lines)
         return None
-    return _running(settings, root, action, timeout_s)
+    return _running(settings, root, action, DRAIN_S if timeout_s is None else timeout_s)
+
+
+def _unit(root: Path, drain_s: float, user: str | None) -> str:
+    import shutil
+
+    return UNIT.format(
+        path=f"{'/etc/systemd/system' if user else '~/.config/systemd/user'}/ckptstore-agent.service",
+        title=str(root).replace("%", "%%"),
+        root=_word(str(root)),
+        argument=_word(str(root)).replace("$", "$$"),
+        command=_word(shutil.which("ckptctl") or "ckptctl"),
+        drain=f"{drain_s:g}",
+        stop=math.ceil(drain_s) + LAST_WORDS_S,
+        user=f"User={user}\n" if user else "",
+        target="multi-user.target" if user else "default.target",
+    )
+
+
+def _word(text: str) -> str:
+    """One word in a unit file. Source: systemd.syntax(7), systemd.unit(5)"""
+    text = text.replace("%", "%%")
+    if set(text) & set(" \t'\"\\;"):
+        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return text
 
 
 def _print_log(root: Path, lines: int | None) -> None:
