@@ -43,13 +43,19 @@ class Cluster:
                 agent.close()
         shutil.rmtree(self.path / node)
 
-    def torchrun(self, *on: str, ranks_per_node: int) -> list[dict[str, Any]]:
-        """One job over these nodes, the first of which holds rank 0; what each rank says."""
+    def torchrun(self, *on: str, ranks_per_node: int, end: str = "") -> list[dict[str, Any]]:
+        """One job over these nodes, the first of which holds rank 0; what each rank says.
+
+        Args:
+            end: how it is to die, if it is.
+        """
         self.launches += 1
         folder = self.path / f"job-{self.launches}"
         folder.mkdir()
         port = _free_port()
-        started = [self._start(node, folder, number, len(on), ranks_per_node, port) for number, node in enumerate(on)]
+        started = [
+            self._start(node, folder, number, len(on), ranks_per_node, port, end) for number, node in enumerate(on)
+        ]
         try:
             codes = [process.wait(LIMIT_S) for process in started]
         finally:
@@ -58,11 +64,11 @@ class Cluster:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         logs = "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
-        assert codes == [0] * len(on), logs
+        assert [bool(code) for code in codes] == [bool(end)] * len(on), logs
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(on) * ranks_per_node)]
 
     def _start(
-        self, node: str, folder: Path, number: int, num_nodes: int, ranks_per_node: int, port: int
+        self, node: str, folder: Path, number: int, num_nodes: int, ranks_per_node: int, port: int, end: str
     ) -> subprocess.Popen[bytes]:
         runtime = self.path / node / "run"
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -71,7 +77,7 @@ class Cluster:
             *(sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes", str(num_nodes), "--node-rank", str(number), "--nproc-per-node", str(ranks_per_node)),
             *("--master-addr", "127.0.0.1", "--master-port", str(port)),
-            *(str(SUPPORT / "torchrun_job.py"), str(self.root(node)), f"file://{self.path}/bucket", str(folder)),
+            *(str(SUPPORT / "torchrun_job.py"), str(self.root(node)), f"file://{self.path}/bucket", str(folder), end),
         ]
         with (folder / f"{node}.log").open("wb") as log:
             return subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
@@ -119,3 +125,17 @@ def test_state_survives_a_lost_disk_swapped_nodes_and_fewer_nodes_under_torchrun
     assert third["found"] != only(first, "left")
     assert third["mine"] == 0
     assert set(third["sources"]) == {"local", "file"}, "its own half, and the other from the bucket"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_save_that_one_node_of_two_had_committed_is_resumed_by_three_under_torchrun(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    torn = cluster.torchrun("a", "b", ranks_per_node=1, end="torn")
+    commits = {node: len(list(cluster.root(node).glob("*/step-0000000002-*/manifest.json"))) for node in ("a", "b")}
+    assert commits == {"a": 1, "b": 0}
+    more = cluster.torchrun("a", "b", "c", ranks_per_node=1)
+    assert only(more, "step") == 2
+    assert only(more, "found") == only(torn, "left"), "not a bit differs"
+    assert [rank["num_nodes"] for rank in more] == [3] * 3
+    assert "peer" in more[2]["sources"], "the new node has no part of it"
