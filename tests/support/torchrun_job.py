@@ -1,8 +1,8 @@
 """A training job for ``torchrun``: ``torchrun_job.py ROOT BUCKET FOLDER [torn]``, one such command a node.
 
 Resumes from wherever the state is, makes a step of training, saves it to the bucket, and writes to FOLDER, a file a
-rank, what it found and what it left. With ``torn`` it has no bucket, makes one more step, and is killed when the first node has
-committed that and the others, whose agents die too, have not.
+rank, what it found and what it left. With ``torn`` it has no bucket, makes one more step, and is killed when the first
+node has committed that and the others, whose agents die too, have not.
 """
 
 from __future__ import annotations
