@@ -79,6 +79,10 @@ class StoreConfig(BaseModel):
     generations: Literal[1, 2] = 2
     """Arena generations per rank: with 2, a save can be taken while the previous one is still being written."""
 
+    stage_on_disk: bool = True
+    """Where memory is short, copy into a file on the local disk instead; training then waits for that disk, as long as
+    it takes. False: such a save fails, and training goes on."""
+
     agent_cpus: int | None = Field(default=None, ge=1)
     """Most CPUs the node agent uses at a time; None: all, at the lowest priority. The newest to attach decides."""
 

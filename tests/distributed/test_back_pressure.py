@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pressure_jobs import save_while_the_disk_hangs
+from pressure_jobs import save_when_the_disk_comes_back, save_while_the_disk_hangs
 from ranks import run_ranks
 
 from ckptstore.agent.client import AgentClient
@@ -47,3 +47,8 @@ def test_all_ranks_do_the_same(nodes: tuple[str, str, str]) -> None:
         "wait": [f"failed: {said}", "told by wait: step 3", *kept],
     }
     assert results[1] == results[0]
+
+
+def test_peers_wait_for_a_rank_that_waits_for_its_disk(nodes: tuple[str, str, str]) -> None:
+    results = run_ranks(2, save_when_the_disk_comes_back, *nodes, 8.0)
+    assert results == [[1, 2, 3]] * 2

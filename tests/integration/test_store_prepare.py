@@ -42,7 +42,7 @@ def test_the_first_save_finds_its_agent_its_plan_and_its_memory(tmp_path: Path) 
     with CheckpointStore(tmp_path, config=QUICK) as store:
         store.prepare(LARGE)
         assert store.checkpoints() == []
-        plan, arena = session(store)._plan, session(store)._arena
+        plan, arena = session(store)._lease.plan, session(store)._lease.arena
         deadline = time.monotonic() + 60
         while arenas(tmp_path) < 2 * LARGE["w"].nbytes:  # type: ignore[attr-defined]
             assert time.monotonic() < deadline
@@ -50,7 +50,7 @@ def test_the_first_save_finds_its_agent_its_plan_and_its_memory(tmp_path: Path) 
         store.prepare(LARGE)  # again does no harm
         handle = store.save(LARGE, 1)
         handle.wait("local", 60)
-        assert (session(store)._plan, session(store)._arena) == (plan, arena)
+        assert (session(store)._lease.plan, session(store)._lease.arena) == (plan, arena)
         assert [info.step for info in store.checkpoints()] == [1]
         assert torch.equal(store.read(1)["w"], LARGE["w"])  # type: ignore[arg-type]
 
@@ -98,14 +98,14 @@ def test_a_manager_prepares_at_its_first_step(tmp_path: Path) -> None:
     asked: list[int] = []
     with manager(tmp_path, save_every_steps=3).track(model=model, count=lambda: len(asked)) as m:
         assert m.step(1) is None
-        ready = session(m.store)._arena
+        ready = session(m.store)._lease.arena
         assert ready is not None
         assert m.store.checkpoints() == []
         m.step(2)
         handle = m.step(3)
         assert handle is not None
         handle.wait("local", 60)
-        assert session(m.store)._arena is ready
+        assert session(m.store)._lease.arena is ready
         assert [info.step for info in m.store.checkpoints()] == [3]
 
 

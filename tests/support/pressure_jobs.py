@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def _save(rank: int, root: str, policy: Any, gate: Path) -> list[str]:
         handle = store.save(state, 4, wait="local")
         kept = [info.step for info in store.checkpoints()]
     return [*outcomes, *map(str, kept)]
+
+
+def save_when_the_disk_comes_back(rank: int, root: str, runtime: str, gate: str, hold_s: float) -> Any:
+    """The steps kept when a rank had to wait for longer than the deadline of its peers."""
+    os.environ["XDG_RUNTIME_DIR"] = runtime
+    _hang(rank, Path(gate))
+    config = StoreConfig(deadline_s=hold_s / 2, agent_idle_exit_seconds=5)
+    with CheckpointStore(node_root(root, rank), run="patient", config=config) as store:
+        for step in (1, 2):
+            store.save({"w": per_rank(torch.randn(1000))}, step)
+        if rank == 0:
+            threading.Timer(hold_s, Path(gate).unlink).start()
+        store.save({"w": per_rank(torch.randn(1000))}, 3, wait="local")
+        return [info.step for info in store.checkpoints()]
 
 
 def _hang(rank: int, gate: Path) -> None:

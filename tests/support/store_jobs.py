@@ -329,9 +329,9 @@ def prepare_on_ranks(rank: int, root: str) -> Any:
     state = {"model": model, "optimizer": optimizer}
     with CheckpointStore(root, config=QUICK) as store:
         store.prepare(state)
-        arena = _session(store)._arena
+        arena = _session(store)._lease.arena
         store.save(state, 7).wait("local", 60)
-        return _session(store)._arena is arena, [info.step for info in store.checkpoints()]
+        return _session(store)._lease.arena is arena, [info.step for info in store.checkpoints()]
 
 
 def prepare_in_vain(rank: int, root: str) -> Any:

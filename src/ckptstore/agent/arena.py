@@ -138,7 +138,7 @@ class Slot:
 
     def __init__(self, condition: threading.Condition, run: str, index: int, folder: Path | None = None) -> None:
         self.run = run
-        self._folder = folder
+        self.folder = folder
         self.index = index
         self.owner: object | None = None
         self.rank: int | None = None
@@ -161,9 +161,12 @@ class Slot:
             )
 
     def configure(
-        self, owner: object, pieces: Sequence[PieceSpec], wanted: int, timeout_s: float
+        self, owner: object, pieces: Sequence[PieceSpec], wanted: int, timeout_s: float, *, pid: int = 0
     ) -> tuple[Layout, list[Generation]]:
         """Give the slot this layout and return its generations; waits until none of them is in use.
+
+        Args:
+            pid: the owner's process. Memory is charged to whoever touches it first, which either may be.
 
         Raises:
             NoSpaceError: not even one generation fits into memory, nor onto the disk beside its checkpoint.
@@ -174,7 +177,8 @@ class Slot:
             layout_id = layout_id_of(pieces)
             with self._condition:
                 self.check_owner(owner)
-                if self.layout is not None and self.layout_id == layout_id and not self.is_tainted:
+                is_wanted = self.folder is not None or not any(g.is_on_disk for g in self.generations)
+                if self.layout is not None and self.layout_id == layout_id and is_wanted and not self.is_tainted:
                     return self.layout, list(self.generations)
                 if self.is_tainted:
                     # What is sealed in the old memory stays with its save; the rest goes when its last user does.
@@ -192,7 +196,7 @@ class Slot:
             layout = stock.layout(pieces)
             capacity = max(PAGE, -(-layout.image_bytes // PAGE) * PAGE)
             with _budget:
-                used = self._resize(capacity, wanted)
+                used = self._resize(capacity, wanted, pid)
             for generation in self.generations:
                 generation.holds = None
                 _write_skeleton(generation.memory, layout, pieces, is_new=generation not in used)
@@ -221,7 +225,7 @@ class Slot:
     def _drop(self) -> None:
         self.generations, self.layout_id, self.layout, self.is_tainted = [], None, None, False
 
-    def _resize(self, capacity: int, wanted: int) -> list[Generation]:
+    def _resize(self, capacity: int, wanted: int, pid: int) -> list[Generation]:
         """Reuse touched pages where the old size is near the new one, make new memory otherwise; returns the reused."""
         self.generations = [g for g in self.generations[:wanted] if not g.is_on_disk]
         if self.generations and self.generations[0].capacity_bytes > 2 * capacity + (1 << 20):
@@ -229,13 +233,13 @@ class Slot:
         grown = []
         for generation in self.generations:
             more = capacity - generation.capacity_bytes
-            if more <= 0 or more <= _room():
+            if more <= 0 or more <= _room(pid):
                 if more > 0:
                     generation.grow(capacity)
                 grown.append(generation)
         self.generations = list(grown)
         while len(self.generations) < wanted:
-            room = _room()
+            room = _room(pid)
             if capacity > room:
                 if self.generations:
                     log.warning("memory for one generation only: %d bytes each, %d available", capacity, max(0, room))
@@ -249,9 +253,9 @@ class Slot:
 
     def _on_disk(self, capacity: int, room: int) -> Generation:
         try:
-            if self._folder is None:
-                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-            generation = Generation.create_on_disk(0, capacity, self._folder)
+            if self.folder is None:
+                raise OSError(errno.EOPNOTSUPP, "not wanted")
+            generation = Generation.create_on_disk(0, capacity, self.folder)
         except OSError as error:
             raise NoSpaceError(
                 f"staging needs {capacity} bytes of memory, {max(0, room)} are available; on disk: {error.strerror}",
@@ -348,7 +352,7 @@ def _write_skeleton(memory: memoryview, layout: Layout, pieces: Sequence[PieceSp
         memory[offset : offset + len(data)] = data
 
 
-def _room() -> int:
-    """Bytes that may still be lent."""
+def _room(pid: int = 0) -> int:
+    """Bytes that may still be lent to this process; 0: one that can't be seen from here."""
     promised = sum(max(0, g.capacity_bytes - os.fstat(g.fd).st_blocks * 512) for g in list(_alive))
-    return available_memory() - promised
+    return min(available_memory(), available_memory(pid=pid) if pid else 1 << 62) - promised

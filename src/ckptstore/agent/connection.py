@@ -221,7 +221,7 @@ class Connection:
         jobs, attachment = self._attached()
         pieces = pieces_from_wire(request["pieces"])
         layout, generations = attachment.slot.configure(
-            attachment, pieces, jobs.config.generations, request["timeout_s"]
+            attachment, pieces, jobs.config.generations, request["timeout_s"], pid=self._pid
         )
         answer = {
             "layout_id": layout_id_of(pieces),

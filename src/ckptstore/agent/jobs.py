@@ -89,7 +89,8 @@ class RunJobs:
         """Make a connection the owner of a slot. Newest wins: slot, configuration, remotes and credentials."""
         with self._condition:
             self.config = config
-            where = self.slots.setdefault(slot, Slot(self._condition, self.run, slot, self._tier.root))
+            where = self.slots.setdefault(slot, Slot(self._condition, self.run, slot))
+            where.folder = self._tier.root if config.stage_on_disk else None
             if isinstance(where.owner, Attachment):
                 # If it lives it has the memory mapped, and may be in the middle of a copy.
                 self._vacate(where, is_gone=where.owner.is_gone())

@@ -17,14 +17,15 @@ _V2: _Files = (("memory.max", "memory.high"), "memory.current", "memory.stat", "
 _V1: _Files = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
 
 
-def available_memory(system: Path = Path("/")) -> int:
+def available_memory(system: Path = Path("/"), *, pid: int | None = None) -> int:
     """Bytes that can be had without pushing somebody out: the least of the system's and every cgroup's above us.
 
     Args:
         system: where /proc and /sys are.
+        pid: whoever is to have them; None: we.
     """
     free = [_meminfo_available(system)]
-    for directory, (limits, used, statistics, reclaimable) in _cgroups(system):
+    for directory, (limits, used, statistics, reclaimable) in _cgroups(system, "self" if pid is None else str(pid)):
         with suppress(OSError, ValueError):
             texts = [(directory / limit).read_text().strip() for limit in limits]
             if numbers := [int(text) for text in texts if text != "max"]:
@@ -40,10 +41,10 @@ def _meminfo_available(system: Path) -> int:
     return 1 << 62
 
 
-def _cgroups(system: Path) -> Iterator[tuple[Path, _Files]]:
-    """Our memory cgroups, innermost first, and their files' names. In a container what is above it isn't there."""
+def _cgroups(system: Path, process: str) -> Iterator[tuple[Path, _Files]]:
+    """A process' memory cgroups, innermost first, and their files' names. In a container what is above isn't there."""
     with suppress(OSError, ValueError):
-        for line in (system / "proc/self/cgroup").read_text().splitlines():
+        for line in (system / "proc" / process / "cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             mount, files = system / "sys/fs/cgroup", _V2
             if "memory" in controllers.split(","):

@@ -10,28 +10,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckptstore.agent.arena import Arena
-from ckptstore.agent.client import AgentClient
 from ckptstore.agent.protocol import SealRequest
 from ckptstore.clock import SYSTEM_CLOCK, new_nonce, rfc3339
 from ckptstore.config import StoreConfig
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.device_copy import streams_of
-from ckptstore.dcp.planner import Plan
 from ckptstore.dcp.prepare import Prepared, Preparer
-from ckptstore.dcp.stage import Stage
 from ckptstore.dcp.walk import Kind
 from ckptstore.errors import (
     CkptError,
     ConfigError,
     SaveFailedError,
     StorageError,
-    TransientError,
 )
 from ckptstore.format.manifest import Parent, Summary
 from ckptstore.store.facts import read_metrics, versions
 from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
+from ckptstore.store.lease import Lease
 from ckptstore.store.link import AgentLink
 from ckptstore.store.timeline import TimelineKeeper
 from ckptstore.types import CheckpointInfo
@@ -52,7 +48,6 @@ class _Call:
     save_id: str
     epoch: int | None
     summary: Summary | None = None
-    generation: int | None = None
     spans: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,14 +78,11 @@ class Session:
         self._timeline = timeline
         self.fence = fence
         self._preparer = Preparer(agreement, check_replicas=self.config.check_replicas)
-        self._plan: Plan | None = None
-        self._stage: Stage | None = None
-        self._arena: Arena | None = None
-        self._lender: AgentClient | None = None
         self._counter = 0
         self.link = AgentLink(
             root, run=run, rank=self.rank, remotes=self.remotes, config=self.config, committed=committed
         )
+        self._lease = Lease(self.link, agreement, self.config)
         error: CkptError | None = None
         if terms["run"] != run:
             error = ConfigError(f"rank 0 saves run {terms['run']!r}, this rank {run!r}")
@@ -124,7 +116,7 @@ class Session:
         try:
             self._agree(call, state, error)
         finally:
-            self._release(call)
+            self._lease.release()
         self.link.bring_pages()
 
     def save(
@@ -147,35 +139,36 @@ class Session:
                 self._raise_earlier_failure()
                 self.link.reconnect()
                 call.summary = self._summary(call, metrics, tags, emergency)
-                if self._plan is not None:
-                    self._reserve(call, self._plan)
+                self._lease.ask(call.save_id)
         except CkptError as failure:
             error = failure
-            self._plan = None  # it may be what can't be laid out; another may
+            self._lease.plan = None  # it may be what can't be laid out; another may
         try:
-            with _timed(call.spans, "plan"):
-                prepared, is_busy = self._agree(call, state, error)
-            if is_busy:
-                self._release(call)
-                return self._skipped(call)
-            return self._copy_and_seal(call, prepared)
+            prepared = self._agree(call, state, error)
+            return self._skipped(call) if prepared is None else self._copy_and_seal(call, prepared)
         except StorageError as failure:
             # Disk, memory or agent trouble, on some rank and told to all: training goes on, the handle says it.
             return self._failed(call, failure)
         finally:
-            self._release(call)
+            self._lease.release()
 
-    def _agree(self, call: _Call, state: Mapping[str, Any], error: CkptError | None) -> tuple[Prepared, bool]:
-        """Collective. Plan the state and have an arena for it; True if no generation was free in time on some rank."""
-        prepared = self._preparer.prepare(
-            state,
-            step=call.step if isinstance(call.step, int) else NOT_A_STEP,
-            counter=self._counter,
-            flags={"busy": self._plan is not None and call.generation is None},
-            error=error,
-        )
-        is_other = prepared.plan is not self._plan  # on all ranks, or on none
-        return prepared, self._lay_out(call, prepared.plan) if is_other else "busy" in prepared.flags
+    def _agree(self, call: _Call, state: Mapping[str, Any], error: CkptError | None) -> Prepared | None:
+        """Collective. Plan the state and have memory for it; None if some rank got none in time."""
+        with _timed(call.spans, "plan"):
+            prepared = self._preparer.prepare(
+                state,
+                step=call.step if isinstance(call.step, int) else NOT_A_STEP,
+                counter=self._counter,
+                flags={"busy": self._lease.is_busy},
+                error=error,
+            )
+        with _timed(call.spans, "reserve"):
+            try:
+                is_ready = self._lease.settle(prepared.plan, call.save_id, is_busy="busy" in prepared.flags)
+            except BaseException:
+                self._preparer.forget()
+                raise
+        return prepared if is_ready else None
 
     def _raise_earlier_failure(self) -> None:
         """With ``on_failure="raise"``: an earlier save's failure, once."""
@@ -186,56 +179,9 @@ class Session:
                 del self.link.handles[save_id]
                 raise failure
 
-    def _reserve(self, call: _Call, plan: Plan) -> None:
-        """Local. Take a free arena generation; bounded by the back-pressure policy, as is the wait for a new layout."""
-        is_patient = self.config.back_pressure == "wait"
-        timeout = self.config.back_pressure_timeout_s if is_patient else 0.0
-        client = self.link.client
-        if self._lender is not client:
-            self._forget_arena()  # it went with its agent
-        if self._arena is None:
-            self._lender = client
-            try:
-                self._arena = client.layout(plan.pieces, timeout_s=timeout)
-            except TransientError as error:
-                if is_patient or "is_busy" not in error.context:
-                    raise
-                return
-            self._stage = Stage(plan, self._arena.starts)
-            if self._arena.is_on_disk:
-                log.warning("memory is short: saves are staged through the disk and hold training up meanwhile")
-        call.generation = client.reserve(timeout, save_id=call.save_id)
-
-    def _lay_out(self, call: _Call, plan: Plan) -> bool:
-        """Collective. Another structure needs another arena image on every rank; True if none was free in time."""
-        self._release(call)
-        self._forget_arena()
-        self._plan = plan
-        error: CkptError | None = None
-        try:
-            self._reserve(call, plan)
-        except CkptError as failure:
-            error = failure
-        busy = call.generation is None
-        try:
-            outcome = self.agreement.agree(same={}, flags={"failed": error is not None, "busy": busy})
-            if "failed" in outcome.raised:
-                self.agreement.raise_together(error, what="laying out the arena")
-        except BaseException:
-            self._plan = None
-            self._preparer.forget()
-            raise
-        return "busy" in outcome.raised
-
-    def _forget_arena(self) -> None:
-        if self._stage is not None:
-            self._stage.forget()
-        self._arena = self._stage = None
-
     def _copy_and_seal(self, call: _Call, prepared: Prepared) -> SaveHandle:
         """Local. From here on this rank waits for nobody."""
-        if self._arena is None or self._stage is None or call.generation is None:
-            raise AssertionError("agreed to copy without an arena")
+        generation, image, stage, layout_id = self._lease.take()
         handle = SaveHandle(self._info(call), self.remotes, self.config.remote_quorum)
         self.link.remember(handle)
         binding = prepared.binding
@@ -248,7 +194,7 @@ class Session:
             node=self.link.topology.node,
             num_nodes=self.link.topology.num_nodes,
             local_ranks=self.link.topology.local_ranks,
-            layout_id=self._arena.layout_id,
+            layout_id=layout_id,
             summary=call.summary,
             tree=binding.tree if is_first else None,
             aliases=binding.aliases if is_first else {},
@@ -259,8 +205,6 @@ class Session:
         spans = call.spans
         if binding.slow_path is not None:
             spans["slow_path"] = binding.slow_path
-        generation, call.generation = call.generation, None
-        image = self._arena.generations[generation]
 
         def copy(kinds: frozenset[Kind] | None, *, is_last: bool) -> bool:
             """Whether all is well so far."""
@@ -280,7 +224,7 @@ class Session:
                 return False
             return True
 
-        stage, threads, streams = self._stage, _copy_threads(), streams_of(binding)
+        threads, streams = _copy_threads(), streams_of(binding)
         if not self.fence.is_on:
             copy(None, is_last=True)
         elif copy(_CHANGING, is_last=False):
@@ -331,11 +275,6 @@ class Session:
         self.link.remember(handle)
         handle.fail(error)
         return handle
-
-    def _release(self, call: _Call) -> None:
-        generation, call.generation = call.generation, None
-        if generation is not None:
-            self.link.release(generation)
 
     def _summary(
         self,

@@ -12,7 +12,7 @@ from agent_node import Node, until
 from fake_trainer import check_part, complete_saves, pieces_of, spec
 
 from ckptstore.config import StoreConfig
-from ckptstore.errors import LockedError, SaveFailedError
+from ckptstore.errors import LockedError, NoSpaceError, SaveFailedError
 from ckptstore.format.manifest import ShardManifest, root_of
 from ckptstore.repo.local import LocalTier
 
@@ -275,6 +275,8 @@ def test_saves_go_through_the_disk_when_memory_is_short(node: Node) -> None:
     assert list(complete_saves(node.root)) == save_ids
     [slot] = trainer.client.status()["slots"]
     assert [generation["is_on_disk"] for generation in slot["generations"]] == [True]
+    with pytest.raises(NoSpaceError, match="on disk: not wanted"):
+        node.trainer(config=StoreConfig(stage_on_disk=False))
 
 
 def test_stale_staging_is_swept_and_a_live_one_is_not(node: Node) -> None:

@@ -143,13 +143,13 @@ def test_memory_of_an_owner_who_may_still_write_is_not_used_again(slot: Slot) ->
 
 
 def test_one_generation_is_made_when_two_do_not_fit(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena, "_room", lambda: 5 << 20 if not slot.generations else 0)
+    monkeypatch.setattr(arena, "_room", lambda _pid: 5 << 20 if not slot.generations else 0)
     _, generations = slot.configure(OWNER, [spec("a", 1 << 20)], 2, 1)
     assert len(generations) == 1
 
 
 def test_too_little_memory_is_refused_naming_the_bytes(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena, "_room", lambda: 1000)
+    monkeypatch.setattr(arena, "_room", lambda _pid: 1000)
     with pytest.raises(NoSpaceError, match="staging needs 4202496 bytes of memory, 1000 are available"):
         slot.configure(OWNER, [spec("a", 1 << 20)], 2, 1)
     assert slot.reserve(OWNER, 0.01) is None
@@ -160,7 +160,7 @@ def test_too_little_memory_is_refused_naming_the_bytes(slot: Slot, monkeypatch: 
 
 def test_the_disk_stands_in_where_memory_is_short_and_leaves_nothing(tmp_path: Path, caplog: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arena, "_room", lambda: 1000)
+        patch.setattr(arena, "_room", lambda _pid: 1000)
         slot = Slot(threading.Condition(threading.RLock()), "run", 0, tmp_path)
         slot.owner = OWNER
         layout, [generation] = slot.configure(OWNER, PIECES, 2, 1)

@@ -58,3 +58,11 @@ HYBRID = "5:cpu,cpuacct:/\n4:memory:/a/b\n1:name=systemd:/a\n0::/a/b\n"
 )  # fmt: skip
 def test_the_tightest_cgroup_decides(membership: str, files: dict[str, str], mib: int, tmp_path: Path) -> None:
     assert available_memory(_system(tmp_path, membership, files)) == mib * MIB - HEADROOM_BYTES
+
+
+def test_the_cgroup_of_whoever_is_to_have_it_counts(tmp_path: Path) -> None:
+    system = _system(tmp_path, "0::/service\n", _limited("job", 2, f"{400 * MIB}", 300 * MIB, 0))
+    (system / "proc/7").mkdir()
+    (system / "proc/7/cgroup").write_text("0::/job\n")
+    assert available_memory(system, pid=7) == 100 * MIB - HEADROOM_BYTES
+    assert available_memory(system) == available_memory(system, pid=8) == 1024 * MIB - HEADROOM_BYTES

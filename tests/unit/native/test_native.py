@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ckptstore import codec, native
-from ckptstore.dcp.stage import _Copy, _is_plain, _run
+from ckptstore.dcp.portions import Copy, run
+from ckptstore.dcp.stage import _is_plain, _portions
 from ckptstore.native import build
 from ckptstore.ops.doctor import kernels
 
@@ -77,7 +78,7 @@ def test_a_stage_copies_any_strided_tensor(with_kernels: bool, threads: int, mon
         monkeypatch.setattr(native, "_kernels", None)
     sources = _odd_sources()
     targets = [torch.empty(s.shape, dtype=s.dtype) for s in sources]
-    _run([_Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)], threads, bring_pages=True)
+    run(_portions([Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]), threads)
     for target, source in zip(targets, sources, strict=True):
         assert torch.equal(target, source)
 

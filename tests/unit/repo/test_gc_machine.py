@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -170,15 +171,6 @@ def test_nothing_needed_is_ever_lost_when_anything_happens_in_any_order() -> Non
     )
 
 
-class FewRules(GcMachine):
-    """The same machine with the few rules that matter to the guard: what is missing without it is found soon."""
-
-    @classmethod
-    def rules(cls) -> list[Any]:
-        matter = {"save_and_push", "delete", "collect_and_pause", "resume"}
-        return [rule for rule in super().rules() if rule.function.__name__ in matter]
-
-
 def test_machine_notices_when_the_grace_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a few short searches: a long one that has begun badly goes on badly."""
     without_grace(monkeypatch)
@@ -186,7 +178,7 @@ def test_machine_notices_when_the_grace_is_taken_out(monkeypatch: pytest.MonkeyP
 
 
 def _finds_a_loss(number: int) -> bool:
-    machine = seed(number)(type(f"Search{number}", (FewRules,), {}))
+    machine = seed(number)(type(f"Search{number}", (GcMachine,), {}))
     short = settings(
         max_examples=120,
         stateful_step_count=24,
@@ -198,6 +190,8 @@ def _finds_a_loss(number: int) -> bool:
     )
     try:
         run_state_machine_as_test(machine, settings=short)
+    except Flaky:
+        return True  # a loss that wasn't there when the same was tried again: temporary names differ
     except (AssertionError, CkptError) as error:
         return re.search(r"was deleted|is not on r|there is no object|gone", str(error)) is not None
     return False

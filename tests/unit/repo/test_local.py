@@ -308,7 +308,7 @@ def test_listing_raises_when_the_run_can_not_be_read(tier: LocalTier) -> None:
         tier.saves(RUN)
 
 
-def test_thousand_saves_are_listed_fast_when_the_process_is_fresh(tier: LocalTier) -> None:
+def test_listing_a_thousand_saves_reads_one_small_file_of_each_and_loads_no_heavy_package(tier: LocalTier) -> None:
     source = write_save(tier, RUN, 0, save_id(0), metrics={"train/loss": 1.0, "val/loss": 2.0})
     manifest, summary = (source / "manifest.json").read_text(), (source / "summary.json").read_text()
     for step in range(1, 1000):
@@ -318,19 +318,18 @@ def test_thousand_saves_are_listed_fast_when_the_process_is_fresh(tier: LocalTie
             text = text.replace('"step":0', f'"step":{step}').replace('ab-0"', f'ab-{step}"')
             (path / name).write_text(text)
     code = (
-        "import sys, time; from pathlib import Path; from ckptstore.repo.local import LocalTier\n"
+        "import sys; from pathlib import Path; from ckptstore.repo.local import LocalTier\n"
         "from ckptstore.repo.catalog import Catalog\n"
-        "tier = LocalTier(Path(sys.argv[1])); best = 9.0\n"
-        "for _ in range(3):\n"
-        "    start = time.perf_counter(); saves = tier.saves('run'); best = min(best, time.perf_counter() - start)\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
+        "tier = LocalTier(Path(sys.argv[1])); opened.clear(); saves = tier.saves('run')\n"
+        "assert len([path for path in opened if '/step-' in path]) == 1000, len(opened)\n"
         "infos = [record.info() for record in Catalog.read(tier, [], 'run').records]\n"
         "assert len(saves) == len(infos) == 1000 and all(s.damaged is None for s in saves)\n"
         "assert not {'torch', 'boto3', 'botocore', 'numpy', 'zstandard'} & set(sys.modules), sorted(sys.modules)\n"
-        "print(best)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tier.root)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.2
 
 
 # ---------------------------------------------------------------------- manifests
