@@ -74,7 +74,8 @@ class Generation:
     memory: memoryview
     capacity_bytes: int
     is_on_disk: bool = False
-    has_pages: bool = False
+    pages: Pages | None = None
+    """Those that are being brought, or have been."""
     state: State = State.FREE
     save_id: str | None = None
     holds: tuple[str, int] | None = None
@@ -117,7 +118,7 @@ class Generation:
         """Keep the pages there are, add more at the end. Only while FREE."""
         os.ftruncate(self.fd, capacity_bytes)
         self.memory = map_shared(self.fd, capacity_bytes)
-        self.capacity_bytes, self.has_pages = capacity_bytes, False
+        self.capacity_bytes, self.pages = capacity_bytes, None
 
     def free(self) -> None:
         self.state, self.save_id = State.FREE, None
@@ -213,9 +214,9 @@ class Slot:
             return
         try:
             for generation in list(self.generations):
-                if not generation.has_pages and not generation.is_on_disk:
-                    pages = Pages(generation.memory, is_patient=True)
-                    generation.has_pages = pages.bring_all(lambda: not self._all_free())
+                if not generation.is_on_disk:
+                    generation.pages = generation.pages or Pages(generation.memory, is_patient=True)
+                    generation.pages.bring_all(lambda: not self._all_free())
         finally:
             self._bringing.release()
 

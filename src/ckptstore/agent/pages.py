@@ -13,6 +13,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ckptstore.agent.libc import libc
@@ -30,12 +32,16 @@ _MADV_COLLAPSE = 25  # Linux 6.1
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 
-#: Small pages come faster than this: a kernel that takes longer has to make room for large ones first, or its
-#: hypervisor has.
+#: Small pages come faster than this: a hypervisor has to make room for large ones first.
 _HURRY_BYTES_PER_SECOND = 1e9
 #: Slower than this it isn't worth anybody's while.
 _PATIENT_BYTES_PER_SECOND = 0.1e9
 _SLOW_STEPS = 2
+
+#: Large pages are taken only where so many lie about: to make some, the kernel moves other memory, training's too.
+_LEFT_ALONE = 64
+#: Blocks of the kernel's free memory that hold a large page: of 2 ** 9 pages, and larger ones.
+_LARGE_ORDER = 9
 
 
 def map_shared(fd: int, size_bytes: int) -> memoryview:
@@ -66,6 +72,7 @@ class Pages:
         self._lock = threading.Lock()
         self._wants_large = True
         self._slow_steps = 0
+        self._done = 0
 
     def steps(self) -> Iterator[tuple[int, int]]:
         """(start, end) of the parts to bring one by one, so that threads can share them and one can stop between."""
@@ -75,7 +82,7 @@ class Pages:
     def bring(self, start: int, end: int) -> bool:
         """Make these pages present in one go; False where the kernel can't, so that the first copy pays."""
         part = self._memory[start:end]
-        if self._wants_large and len(part) >= LARGE_PAGE:
+        if self._wants_large and len(part) >= LARGE_PAGE and free_large_pages() > _LEFT_ALONE:
             part[::LARGE_PAGE].tobytes()  # the kernel joins pages, so there must be one
             began = time.perf_counter()
             code = _advise(part, _MADV_COLLAPSE)
@@ -83,8 +90,13 @@ class Pages:
         return _advise(part, _MADV_POPULATE_WRITE) == 0
 
     def bring_all(self, must_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Bring them all, unless told to stop between two steps; whether all are there."""
-        return all(not must_stop() and self.bring(start, end) for start, end in self.steps())
+        """Bring them all, unless told to stop between two steps; whether all are there. Goes on where it stopped."""
+        for start, end in self.steps():
+            if start >= self._done:
+                if must_stop() or not self.bring(start, end):
+                    return False
+                self._done = end
+        return True
 
     def _judge(self, code: int, bytes_per_second: float) -> None:
         """Whether to ask for large pages again."""
@@ -92,6 +104,17 @@ class Pages:
             self._slow_steps = max(0, self._slow_steps + (1 if bytes_per_second < self._least_rate else -1))
             if self._slow_steps >= _SLOW_STEPS or code not in (0, errno.EAGAIN):
                 self._wants_large = False
+
+
+def free_large_pages(buddyinfo: Path = Path("/proc/buddyinfo")) -> int:
+    """At least how many large pages the poorest memory node can give at once; 0 where the kernel doesn't tell."""
+    free: dict[str, int] = {}
+    with suppress(OSError, ValueError):
+        for line in buddyinfo.read_text().splitlines():
+            words = line.split()  # Node 0, zone Normal 5 3 ...: free blocks of one page, of two, of four
+            counts = [int(word) for word in words[4:]]
+            free[words[1]] = free.get(words[1], 0) + sum(n << i for i, n in enumerate(counts[_LARGE_ORDER:]))
+    return min(free.values(), default=0)
 
 
 def _advise(memory: memoryview, advice: int) -> int:

@@ -74,19 +74,37 @@ def test_bringing_pages_changes_nothing(fd: int) -> None:
     assert not any(memory[(5 << 20) + 5 : -1])
 
 
-def test_bringing_pages_stops_when_told_to(fd: int) -> None:
+def test_bringing_pages_stops_when_told_to_and_goes_on_from_there(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    brought: list[int] = []
+    monkeypatch.setattr(Pages, "bring", lambda _, start, end: brought.append(start) or True)
     answers = [False, True]
-    assert not Pages(map_shared(fd, SIZE)).bring_all(lambda: answers.pop(0))
-    assert answers == []
-    assert os.fstat(fd).st_blocks * 512 < SIZE
+    bringing = Pages(map_shared(fd, SIZE))
+    assert not bringing.bring_all(lambda: answers.pop(0))
+    assert (brought, answers) == ([0], [])
+    assert bringing.bring_all()
+    assert brought == [start for start, _ in bringing.steps()]
+    assert bringing.bring_all()
+    assert len(brought) == 4
+
+
+def test_free_large_pages_are_those_of_the_poorest_node(tmp_path: Path) -> None:
+    table = tmp_path / "buddyinfo"
+    row = "Node {}, zone {:>8} 9 9 9 9 9 9 9 9 9 {} {}\n"
+    table.write_text(row.format(0, "DMA", 0, 1) + row.format(0, "Normal", 5, 3) + row.format(1, "Normal", 2, 1))
+    assert pages.free_large_pages(table) == 4
+    assert pages.free_large_pages(tmp_path / "absent") == 0
+    table.write_text("something else\n")
+    assert pages.free_large_pages(table) == 0
+    assert pages.free_large_pages() > 0, "of this machine"
 
 
 class Kernel:
     """Answers madvise, each time it is asked for large pages as told and after so long, and notes what was asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: tuple[int, float]) -> None:
-        self.answers, self.asked, self.now = list(answers), [], 0.0
+        self.answers, self.asked, self.now, self.free = list(answers), [], 0.0, 1000
         monkeypatch.setattr(pages, "_advise", self)
+        monkeypatch.setattr(pages, "free_large_pages", lambda: self.free)
         monkeypatch.setattr(pages.time, "perf_counter", lambda: self.now)
 
     def __call__(self, memory: memoryview, advice: int) -> int:
@@ -116,6 +134,12 @@ def test_a_kernel_that_has_none_is_asked_once(monkeypatch: pytest.MonkeyPatch, f
 def test_who_is_in_a_hurry_gives_up_where_they_come_slowly_twice(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
     assert Kernel(monkeypatch, (0, 0.020), (0, 0.020)).bring(fd) == 2
     assert Kernel(monkeypatch, (0, 0.020), (0, 0.001), (0, 0.020)).bring(fd) == 3
+
+
+def test_none_is_asked_for_where_the_kernel_would_have_to_move_memory(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
+    kernel = Kernel(monkeypatch, (0, 0.001))
+    kernel.free = 64
+    assert kernel.bring(fd) == 0
 
 
 def test_who_is_patient_waits_for_them(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
