@@ -46,6 +46,8 @@ from ckptstore import CheckpointStore, StoreConfig, __version__
 RESULTS = Path(__file__).parent / "results" / "save.json"
 DEFAULT = "dcp.async_save, default"
 HELPERS = "state-dict helpers + dcp.async_save"
+#: After a first save its agent makes the memory for later ones ready, once.
+SETTLE_SECONDS = 15.0
 #: Between preparing and the first save: a run saves after minutes.
 PREPARED_SECONDS = 10.0
 
@@ -88,6 +90,7 @@ class Bench:
 
     def run(self, contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
         first = {name: self._once(save) for name, save in contenders.items()}
+        time.sleep(SETTLE_SECONDS)
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         for round_number in range(self.rounds):
             for name in random.Random(round_number).sample(list(contenders), len(contenders)):

@@ -215,7 +215,7 @@ class Slot:
         try:
             for generation in list(self.generations):
                 if not generation.is_on_disk:
-                    generation.pages = generation.pages or Pages(generation.memory, is_patient=True)
+                    generation.pages = generation.pages or Pages(generation.memory)
                     generation.pages.bring_all(lambda: not self._all_free())
         finally:
             self._bringing.release()

@@ -23,6 +23,8 @@ PAGE = mmap.PAGESIZE
 #: Of nearly all processors that have large pages; elsewhere the kernel refuses, and small ones it is.
 LARGE_PAGE = 2 << 20
 
+_FOR_PROCESSES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
 #: What is brought at once.
 _STEP = 8 << 20
 
@@ -32,10 +34,9 @@ _MADV_COLLAPSE = 25  # Linux 6.1
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 
-#: Small pages come faster than this: a hypervisor has to make room for large ones first.
-_HURRY_BYTES_PER_SECOND = 1e9
-#: Slower than this it isn't worth anybody's while.
-_PATIENT_BYTES_PER_SECOND = 0.1e9
+#: Small pages come faster than this. Large ones that don't are such as a hypervisor has to find memory for first, and
+#: copies into them have proved slower, too.
+_LEAST_BYTES_PER_SECOND = 1e9
 _SLOW_STEPS = 2
 
 #: Large pages are taken only where so many lie about: to make some, the kernel moves other memory, training's too.
@@ -58,17 +59,29 @@ def map_shared(fd: int, size_bytes: int) -> memoryview:
     return view
 
 
+def large_buffer(size_bytes: int) -> memoryview | None:
+    """Memory of this process in large pages, aligned to them; None where the kernel gives none."""
+    with suppress(OSError, ValueError):
+        if "[never]" in _FOR_PROCESSES.read_text():
+            return None
+        room = mmap.mmap(-1, size_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        room.madvise(mmap.MADV_HUGEPAGE)
+        start = -_address(memoryview(room)) % LARGE_PAGE
+        return memoryview(room)[start : start + size_bytes]
+    return None
+
+
 class Pages:
     """Brings the pages under a writable buffer, without changing what is in them; best effort. Thread-safe.
 
+    Large pages are taken where they come at least as fast as small ones.
+
     Args:
         memory: the buffer; best from :func:`map_shared`.
-        is_patient: large pages are worth some waiting; otherwise small ones are taken where they come sooner.
     """
 
-    def __init__(self, memory: Any, *, is_patient: bool = False) -> None:
+    def __init__(self, memory: Any) -> None:
         self._memory = memoryview(memory).cast("B")
-        self._least_rate = _PATIENT_BYTES_PER_SECOND if is_patient else _HURRY_BYTES_PER_SECOND
         self._lock = threading.Lock()
         self._wants_large = True
         self._slow_steps = 0
@@ -101,7 +114,7 @@ class Pages:
     def _judge(self, code: int, bytes_per_second: float) -> None:
         """Whether to ask for large pages again."""
         with self._lock:
-            self._slow_steps = max(0, self._slow_steps + (1 if bytes_per_second < self._least_rate else -1))
+            self._slow_steps = max(0, self._slow_steps + (1 if bytes_per_second < _LEAST_BYTES_PER_SECOND else -1))
             if self._slow_steps >= _SLOW_STEPS or code not in (0, errno.EAGAIN):
                 self._wants_large = False
 

@@ -115,9 +115,9 @@ class Kernel:
         self.now += seconds
         return code
 
-    def bring(self, fd: int, *, is_patient: bool = False) -> int:
+    def bring(self, fd: int) -> int:
         """How often large pages were asked for, in three steps."""
-        assert Pages(map_shared(fd, SIZE), is_patient=is_patient).bring_all()
+        assert Pages(map_shared(fd, SIZE)).bring_all()
         assert self.asked.count("small") == 4  # whatever came of it; the last step is too short for a large page
         return self.asked.count("large")
 
@@ -131,7 +131,7 @@ def test_a_kernel_that_has_none_is_asked_once(monkeypatch: pytest.MonkeyPatch, f
     assert Kernel(monkeypatch, (code, 0.001)).bring(fd) == 1
 
 
-def test_who_is_in_a_hurry_gives_up_where_they_come_slowly_twice(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
+def test_they_are_given_up_where_they_come_slowly_twice(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
     assert Kernel(monkeypatch, (0, 0.020), (0, 0.020)).bring(fd) == 2
     assert Kernel(monkeypatch, (0, 0.020), (0, 0.001), (0, 0.020)).bring(fd) == 3
 
@@ -142,6 +142,20 @@ def test_none_is_asked_for_where_the_kernel_would_have_to_move_memory(monkeypatc
     assert kernel.bring(fd) == 0
 
 
-def test_who_is_patient_waits_for_them(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
-    assert Kernel(monkeypatch, (0, 0.020), (0, 0.020), (0, 0.020)).bring(fd, is_patient=True) == 3
-    assert Kernel(monkeypatch, (0, 0.2), (0, 0.2)).bring(fd, is_patient=True) == 2
+def test_a_large_buffer_is_aligned_and_writable() -> None:
+    buffer = pages.large_buffer(3 * LARGE_PAGE + 5)
+    if buffer is not None:  # the kernel has large pages
+        assert len(buffer) == 3 * LARGE_PAGE + 5
+        assert pages._address(buffer) % LARGE_PAGE == 0
+        buffer[-3:] = b"abc"
+        assert bytes(buffer[-4:]) == b"\0abc"
+
+
+@pytest.mark.parametrize("said", ["always madvise [never]\n", None])
+def test_no_buffer_where_the_kernel_has_no_large_pages(
+    said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "_FOR_PROCESSES", tmp_path / "enabled")
+    if said is not None:
+        (tmp_path / "enabled").write_text(said)
+    assert pages.large_buffer(LARGE_PAGE) is None
