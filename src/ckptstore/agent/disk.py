@@ -15,8 +15,9 @@ import os
 import threading
 from collections.abc import Callable
 
+from ckptstore import native
 from ckptstore.agent.libc import libc
-from ckptstore.agent.pages import large_buffer
+from ckptstore.agent.pages import address_of, large_buffer
 
 #: One write: large, since each waits for the interpreter once.
 BLOCK_BYTES = 16 << 20
@@ -66,8 +67,7 @@ def _write_direct(fd: int, image: memoryview, is_abandoned: Callable[[], bool]) 
             block = image[start:end]
             try:
                 if buffer is not None:
-                    buffer[: end - start] = block
-                    block = buffer[: end - start]
+                    block = _copied(block, buffer)
                 at = start + _write_block_direct(fd, block, start, is_abandoned)
             except BaseException as error:  # the other threads must stop, and the caller hear of it
                 failures.append(error)
@@ -84,6 +84,15 @@ def _write_direct(fd: int, image: memoryview, is_abandoned: Callable[[], bool]) 
     if failures:
         raise failures[0]
     return sorted([*left, *((start, min(start + BLOCK_BYTES, len(image))) for start in starts)])
+
+
+def _copied(block: memoryview, buffer: memoryview) -> memoryview:
+    """The block in the buffer; other threads go on meanwhile if the kernels are there."""
+    if native.is_available() and not block.readonly:
+        native.copy([address_of(buffer)], [address_of(block)], [len(block)])
+    else:
+        buffer[: len(block)] = block
+    return buffer[: len(block)]
 
 
 def _write_block_direct(fd: int, block: memoryview, start: int, is_abandoned: Callable[[], bool]) -> int:

@@ -51,10 +51,10 @@ def map_shared(fd: int, size_bytes: int) -> memoryview:
         return memoryview(mmap.mmap(fd, size_bytes))
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     room = memoryview(mmap.mmap(-1, size_bytes + LARGE_PAGE, flags=flags))
-    start = -_address(room) % LARGE_PAGE
+    start = -address_of(room) % LARGE_PAGE
     view = room[start : start + size_bytes]
     flags, protection = mmap.MAP_SHARED | _MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
-    if libc().mmap(_address(view), size_bytes, protection, flags, fd, 0) != _address(view):
+    if libc().mmap(address_of(view), size_bytes, protection, flags, fd, 0) != address_of(view):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return view
 
@@ -66,7 +66,7 @@ def large_buffer(size_bytes: int) -> memoryview | None:
             return None
         room = mmap.mmap(-1, size_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         room.madvise(mmap.MADV_HUGEPAGE)
-        start = -_address(memoryview(room)) % LARGE_PAGE
+        start = -address_of(memoryview(room)) % LARGE_PAGE
         return memoryview(room)[start : start + size_bytes]
     return None
 
@@ -132,13 +132,14 @@ def free_large_pages(buddyinfo: Path = Path("/proc/buddyinfo")) -> int:
 
 def _advise(memory: memoryview, advice: int) -> int:
     """madvise for all pages that the buffer touches; 0 or the error's number."""
-    start = _address(memory) // PAGE * PAGE
-    length = _address(memory) + len(memory) - start
+    start = address_of(memory) // PAGE * PAGE
+    length = address_of(memory) + len(memory) - start
     while libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice) != 0:
         if ctypes.get_errno() != errno.EINTR:
             return ctypes.get_errno()
     return 0
 
 
-def _address(memory: memoryview) -> int:
+def address_of(memory: memoryview) -> int:
+    """Where a writable buffer lies."""
     return ctypes.addressof((ctypes.c_char * 0).from_buffer(memory))

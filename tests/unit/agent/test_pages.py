@@ -48,7 +48,7 @@ def _mappings(inode: int) -> int:
 
 def test_a_large_mapping_begins_where_a_large_page_can(fd: int) -> None:
     memory = map_shared(fd, SIZE)
-    assert pages._address(memory) % LARGE_PAGE == 0
+    assert pages.address_of(memory) % LARGE_PAGE == 0
 
 
 def test_what_cannot_be_mapped_is_an_error(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_large_buffer_is_aligned_and_writable() -> None:
     buffer = pages.large_buffer(3 * LARGE_PAGE + 5)
     if buffer is not None:  # the kernel has large pages
         assert len(buffer) == 3 * LARGE_PAGE + 5
-        assert pages._address(buffer) % LARGE_PAGE == 0
+        assert pages.address_of(buffer) % LARGE_PAGE == 0
         buffer[-3:] = b"abc"
         assert bytes(buffer[-4:]) == b"\0abc"
 
