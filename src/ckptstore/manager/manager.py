@@ -250,7 +250,7 @@ class CheckpointManager:
     ) -> SaveHandle | None:
         """Tell that optimizer step ``step`` is complete; saves if that is due. Collective.
 
-        The first call also has the store prepared, so that the first save costs no more than later ones.
+        The first call also has the store prepared, so that the first save waits for little beyond its copy.
 
         Args:
             step: Optimizer steps done.

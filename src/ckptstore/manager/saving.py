@@ -101,7 +101,7 @@ class Saver:
         return handle
 
     def rehearse(self, occasion: Occasion) -> None:
-        """All of a save but the copy, so that the first one is as quick as later ones. Collective.
+        """All of a save but the copy, so that the first one waits for little more. Collective.
 
         Raises:
             StateError: something tracked can't be stored.
