@@ -122,7 +122,7 @@ class CheckpointStore:
 
     @eager
     def prepare(self, state: Mapping[str, Any]) -> None:
-        """Do ahead most of what a first save costs beyond its copy, so that it holds training up little longer than others.
+        """Do most of what a first save costs beyond its copy ahead, so that it takes little longer than others.
 
         Collective, optional, and best called when the first optimizer step has made the optimizer's state. Starts the
         agent, looks at the state, and has memory for it made ready in the background; nothing is written.
