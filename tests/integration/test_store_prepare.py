@@ -18,7 +18,8 @@ from ckptstore import CheckpointStore, StoreConfig, errors
 from ckptstore.agent.client import AgentClient
 
 QUICK = StoreConfig(agent_idle_exit_seconds=5)
-LARGE = {"w": torch.arange(6_000_000, dtype=torch.float32), "history": [1, 2]}
+WEIGHTS = torch.arange(6_000_000, dtype=torch.float32)
+LARGE = {"w": WEIGHTS, "history": [1, 2]}
 
 
 def session(store: CheckpointStore) -> Any:
@@ -44,7 +45,7 @@ def test_the_first_save_finds_its_agent_its_plan_and_its_memory(tmp_path: Path) 
         assert store.checkpoints() == []
         plan, arena = session(store)._lease.plan, session(store)._lease.arena
         deadline = time.monotonic() + 60
-        while arenas(tmp_path) < 2 * LARGE["w"].nbytes:  # type: ignore[attr-defined]
+        while arenas(tmp_path) < 2 * WEIGHTS.nbytes:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         store.prepare(LARGE)  # again does no harm
@@ -52,7 +53,7 @@ def test_the_first_save_finds_its_agent_its_plan_and_its_memory(tmp_path: Path) 
         handle.wait("local", 60)
         assert (session(store)._lease.plan, session(store)._lease.arena) == (plan, arena)
         assert [info.step for info in store.checkpoints()] == [1]
-        assert torch.equal(store.read(1)["w"], LARGE["w"])  # type: ignore[arg-type]
+        assert torch.equal(store.read(1)["w"], WEIGHTS)
 
 
 def test_another_state_than_the_prepared_one_is_saved_all_the_same(tmp_path: Path) -> None:

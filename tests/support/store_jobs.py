@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -214,7 +215,7 @@ def load_with_trouble(rank: int, root: str, trouble: str) -> Any:
         return read_nearby(self, wanted)
 
     if rank == 1:
-        CheckpointReader.read_nearby = troubled  # type: ignore[method-assign]
+        mock.patch.object(CheckpointReader, "read_nearby", troubled).start()  # ends with this process
     model, optimizer = make("ddp", seed=1)
     store = CheckpointStore(root, config=StoreConfig(deadline_s=2, agent_idle_exit_seconds=5))
     store.load({"model": model, "optimizer": optimizer})
@@ -232,7 +233,7 @@ def load_from_a_dying_remote(rank: int, remote: str) -> Any:
         asked.append(pack)
         raise TransientError("the bucket answers no more")
 
-    setattr(RemoteTier, "get_range", silent)  # noqa: B010 - of this process alone, which ends with the job
+    mock.patch.object(RemoteTier, "get_range", silent).start()  # ends with this process
     with CheckpointStore(None, remote=remote, config=QUICK) as store:
         try:
             store.load({f"t{n}": torch.zeros(5) for n in range(200)})

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from ckptstore.store import nodes
 def main(root: str, bucket: str, folder: str, end: str = "") -> None:
     torch.set_num_threads(1)
     host = os.environ["SIMULATED_HOST"]
-    setattr(nodes, "_machine", lambda: host)  # noqa: B010 - of this process alone, which plays one node
+    mock.patch.object(nodes, "_machine", return_value=host).start()  # ends with this process
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model, optimizer = make("fsdp", seed=1 + rank)

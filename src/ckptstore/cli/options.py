@@ -7,12 +7,14 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: A function on its way to :func:`verb`; click's decorators keep no more of its type.
+Wrapped: TypeAlias = Callable[..., Any]
 
 
 @dataclass
@@ -128,7 +130,7 @@ def verb(**attributes: Any) -> Callable[[F], click.Command]:
     return decorate
 
 
-def store_argument(function: F) -> F:
+def store_argument(function: Wrapped) -> Wrapped:
     """An optional STORE argument that counts like ``--store``."""
 
     @functools.wraps(function)
@@ -137,7 +139,7 @@ def store_argument(function: F) -> F:
             settings.store = store_arg
         return function(settings, **kwargs)
 
-    return click.argument("store_arg", metavar="[STORE]", required=False, shell_complete=_folders)(wrapper)  # type: ignore[return-value]
+    return click.argument("store_arg", metavar="[STORE]", required=False, shell_complete=_folders)(wrapper)
 
 
 #: What STEP may be; a folder of such a name is written ``./1200``.
@@ -158,7 +160,7 @@ def names_store(word: str, *, is_known: bool, step: re.Pattern[str] = _STEP) -> 
     return step.fullmatch(word) is None and (not is_known or "/" in word or os.path.isdir(word))
 
 
-def store_and_steps(function: F) -> F:
+def store_and_steps(function: Wrapped) -> Wrapped:
     """An optional STORE, which counts like ``--store``, before one or more STEPs."""
 
     @functools.wraps(function)
@@ -169,10 +171,10 @@ def store_and_steps(function: F) -> F:
             raise click.UsageError("Missing argument 'STEP...'.")
         return function(settings, steps=words, **kwargs)
 
-    return click.argument("words", metavar="[STORE] STEP...", nargs=-1, shell_complete=_folders)(wrapper)  # type: ignore[return-value]
+    return click.argument("words", metavar="[STORE] STEP...", nargs=-1, shell_complete=_folders)(wrapper)
 
 
-def store_and_step(function: F) -> F:
+def store_and_step(function: Wrapped) -> Wrapped:
     """An optional STORE, which counts like ``--store``, and an optional STEP, in either order."""
 
     @functools.wraps(function)
@@ -191,4 +193,4 @@ def store_and_step(function: F) -> F:
                 raise click.UsageError(f"{what} is given twice: {first!r} and {word!r}.")
         return function(settings, step=step, **kwargs)
 
-    return click.argument("words", metavar="[STORE] [STEP]", nargs=-1, shell_complete=_folders)(wrapper)  # type: ignore[return-value]
+    return click.argument("words", metavar="[STORE] [STEP]", nargs=-1, shell_complete=_folders)(wrapper)

@@ -49,7 +49,7 @@ class Lane:
 
     def __init__(self, main: torch.cuda.Stream) -> None:
         self._main = main
-        self._side = torch.cuda.Stream(main.device)  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(main.device)  # type: ignore[no-untyped-call]  # torch has no type for it
         self._side.wait_stream(main)
 
     def buffer(self, size_bytes: int) -> torch.Tensor:
@@ -61,7 +61,7 @@ class Lane:
         with torch.cuda.stream(self._side):
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no type for it
             done.record(self._side)
         return done
 

@@ -13,7 +13,8 @@ import torch
 from ckptstore.dcp.device_copy import copy_from_devices, streams_of
 from ckptstore.dcp.portions import PORTION_BYTES, Copy
 
-DEVICE = torch.device("cpu")
+#: A device that is there everywhere, and a stream that nothing is queued on.
+STREAMS: Any = {torch.device("cpu"): "main"}
 
 
 class LateDevice:
@@ -78,7 +79,7 @@ def test_every_tensor_arrives_when_buffers_are_used_again_and_again(threads: int
         torch.randn(PORTION_BYTES // 2 + 3),
     ]
     copies, device = copies_of(sources), LateDevice()
-    copy_from_devices(copies, {DEVICE: "main"}, threads, device.lane)  # type: ignore[dict-item, arg-type]
+    copy_from_devices(copies, STREAMS, threads, device.lane)
     assert is_copied(copies)
     assert all(lane.is_over and lane.main == "main" and not lane.queued for lane in device.lanes)
     assert len(device.lanes) == threads
@@ -89,7 +90,7 @@ def test_every_tensor_arrives_when_buffers_are_used_again_and_again(threads: int
 
 def test_a_single_small_tensor_takes_one_small_buffer() -> None:
     copies, device = copies_of([torch.arange(5)]), LateDevice()
-    copy_from_devices(copies, {DEVICE: "main"}, 4, device.lane)  # type: ignore[dict-item, arg-type]
+    copy_from_devices(copies, STREAMS, 4, device.lane)
     assert is_copied(copies)
     (lane,) = device.lanes
     assert [buffer.nbytes for buffer in lane.buffers] == [64]
@@ -110,7 +111,7 @@ def test_a_failure_leaves_no_kernel_free_to_change_what_is_being_read() -> None:
 
     copies = copies_of([torch.randn(PORTION_BYTES // 4) for _ in range(3)])
     with pytest.raises(RuntimeError, match="CUDA error"):
-        copy_from_devices(copies, {DEVICE: "main"}, 1, lane)  # type: ignore[dict-item]
+        copy_from_devices(copies, STREAMS, 1, lane)
     assert lanes[0].is_over
 
 
