@@ -46,7 +46,7 @@ from ckptstore import CheckpointStore, StoreConfig, __version__
 RESULTS = Path(__file__).parent / "results" / "save.json"
 DEFAULT = "dcp.async_save, default"
 HELPERS = "state-dict helpers + dcp.async_save"
-#: After a first save its agent makes the memory for later ones ready, once.
+#: After a first save the memory for later ones is made ready, once.
 SETTLE_SECONDS = 15.0
 #: Between preparing and the first save: a run saves after minutes.
 PREPARED_SECONDS = 10.0

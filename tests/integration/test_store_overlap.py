@@ -57,10 +57,10 @@ def test_the_next_step_waits_until_a_slow_copy_is_done(tmp_path: Path, monkeypat
         store.save({"model": model, "optimizer": optimizer}, 1).wait("local")
         release, real = threading.Event(), Stage.copy
 
-        def slow(self: Stage, binding: Any, image: Any, threads: int, kinds: Any, streams: Any) -> int:
+        def slow(self: Stage, binding: Any, image: Any, threads: int, kinds: Any, *others: Any) -> int:
             if kinds is not None and "param" in kinds:
                 assert release.wait(30)
-            return real(self, binding, image, threads, kinds, streams)
+            return real(self, binding, image, threads, kinds, *others)
 
         monkeypatch.setattr(Stage, "copy", slow)
         before = values(model, optimizer)

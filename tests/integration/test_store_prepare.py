@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from training import manager
 
 from ckptstore import CheckpointStore, StoreConfig, errors
-from ckptstore.agent.client import AgentClient
+from ckptstore.agent.pages import Pages
 
 QUICK = StoreConfig(agent_idle_exit_seconds=5)
 WEIGHTS = torch.arange(6_000_000, dtype=torch.float32)
@@ -27,25 +28,13 @@ def session(store: CheckpointStore) -> Any:
     return store._session
 
 
-def arenas(root: Path) -> int:
-    """Bytes of shared memory that the agent has touched; 0 without one."""
-    agent = AgentClient.observe(root)
-    if agent is None:
-        return 0
-    try:
-        touched: int = agent.status()["rss_bytes"]["arenas"]
-        return touched
-    finally:
-        agent.close()
-
-
 def test_the_first_save_finds_its_agent_its_plan_and_its_memory(tmp_path: Path) -> None:
     with CheckpointStore(tmp_path, config=QUICK) as store:
         store.prepare(LARGE)
         assert store.checkpoints() == []
         plan, arena = session(store)._lease.plan, session(store)._lease.arena
         deadline = time.monotonic() + 60
-        while arenas(tmp_path) < 2 * WEIGHTS.nbytes:
+        while not all(pages.are_there for pages in arena.pages):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         store.prepare(LARGE)  # again does no harm
@@ -54,6 +43,22 @@ def test_the_first_save_finds_its_agent_its_plan_and_its_memory(tmp_path: Path) 
         assert (session(store)._lease.plan, session(store)._lease.arena) == (plan, arena)
         assert [info.step for info in store.checkpoints()] == [1]
         assert torch.equal(store.read(1)["w"], WEIGHTS)
+
+
+def test_pages_come_between_saves_and_never_during_one(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path, config=QUICK) as store:
+        store.save(LARGE, 1).wait("local", 60)
+        client, arena = session(store).link.client, session(store)._lease.arena
+        held = client.reserve(60.0)
+        client._arena = arena = replace(arena, pages=tuple(Pages(memory) for memory in arena.generations))
+        client._bring(arena)
+        assert not any(pages.are_there for pages in arena.pages), "a copy is under way"
+        client.release(held)
+        deadline = time.monotonic() + 60
+        while not all(pages.are_there for pages in arena.pages):
+            client.bring_pages()  # nothing, while the thread of the other pages is about to end
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_another_state_than_the_prepared_one_is_saved_all_the_same(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 A slot is one rank's place on this node. It has one or two generations, each a memfd laid out as the image of the shard
 file to be written. A generation goes FREE -> FILLING -> SEALED -> FREE, and only a seal, sent by the slot's owner after
-its last copy, makes its contents part of a save. Pages, not copying, are what fresh memory costs: a first save brings
-its own, between saves the agent brings the rest, and a restarted rank takes over its slot's memory as it is.
+its last copy, makes its contents part of a save. Pages, not copying, are what fresh memory costs: the trainer that
+needs them brings them, ahead or between saves if it can, and a restarted rank takes over its slot's memory as it is.
 
 Everything here is guarded by the agent's one condition, except where it says so.
 """
@@ -41,6 +41,7 @@ class Arena:
         layout_id: names the layout; goes into the seal.
         starts: first payload byte of each piece, in the order given to ``layout``.
         generations: one writable shared mapping for each generation; it may be longer than the image.
+        pages: of each generation, as this process has them.
         image_bytes: length of the image.
         is_on_disk: memory is short; copying goes as fast as the disk.
     """
@@ -48,6 +49,7 @@ class Arena:
     layout_id: str
     starts: tuple[int, ...]
     generations: tuple[memoryview, ...]
+    pages: tuple[Pages, ...]
     image_bytes: int = 0
     is_on_disk: bool = False
 
@@ -74,8 +76,6 @@ class Generation:
     memory: memoryview
     capacity_bytes: int
     is_on_disk: bool = False
-    pages: Pages | None = None
-    """Those that are being brought, or have been."""
     state: State = State.FREE
     save_id: str | None = None
     holds: tuple[str, int] | None = None
@@ -118,7 +118,7 @@ class Generation:
         """Keep the pages there are, add more at the end. Only while FREE."""
         os.ftruncate(self.fd, capacity_bytes)
         self.memory = map_shared(self.fd, capacity_bytes)
-        self.capacity_bytes, self.pages = capacity_bytes, None
+        self.capacity_bytes = capacity_bytes
 
     def free(self) -> None:
         self.state, self.save_id = State.FREE, None
@@ -152,7 +152,6 @@ class Slot:
         self.vacant_since = 0.0
         self._condition = condition
         self._configuring = threading.Lock()
-        self._bringing = threading.Lock()
 
     def check_owner(self, owner: object) -> None:
         if self.owner is not owner:
@@ -207,18 +206,6 @@ class Slot:
                 self.layout, self.pieces, self.layout_id = layout, tuple(pieces), layout_id
                 self._condition.notify_all()
             return layout, list(self.generations)
-
-    def bring_pages(self) -> None:
-        """Have all pages for the saves to come, large ones if possible; a save that begins meanwhile goes first."""
-        if not self._bringing.acquire(blocking=False):
-            return
-        try:
-            for generation in list(self.generations):
-                if not generation.is_on_disk:
-                    generation.pages = generation.pages or Pages(generation.memory)
-                    generation.pages.bring_all(lambda: not self._all_free())
-        finally:
-            self._bringing.release()
 
     def _all_free(self) -> bool:
         return all(g.state is State.FREE for g in self.generations)

@@ -19,9 +19,10 @@ from typing import Any
 
 from ckptstore.agent.arena import Arena
 from ckptstore.agent.conversation import Answer, Conversation, EventCallback, greet
-from ckptstore.agent.pages import map_shared
+from ckptstore.agent.pages import Pages, map_shared
 from ckptstore.agent.protocol import (
     Channel,
+    Event,
     SealRequest,
     close_fds,
     is_same_tree,
@@ -58,7 +59,10 @@ class AgentClient:
         self._arena: Arena | None = None
         self._tree: Json | None = None  # of the last seal: with many tensors, sending it again costs most of a seal
         self._config = StoreConfig()
-        self._conversation = Conversation(channel, on_event)
+        self._is_filling = False
+        self._bringing = threading.Lock()
+        self._on_event = on_event
+        self._conversation = Conversation(channel, self._heard)
 
     # ------------------------------------------------------------------ connecting
 
@@ -197,7 +201,12 @@ class AgentClient:
         finally:
             close_fds(fds)
         arena = Arena(
-            answer["layout_id"], tuple(answer["starts"]), generations, answer["image_bytes"], answer["is_on_disk"]
+            answer["layout_id"],
+            tuple(answer["starts"]),
+            generations,
+            tuple(Pages(memory) for memory in generations),
+            answer["image_bytes"],
+            answer["is_on_disk"],
         )
         with self._lock:
             self._arena = arena
@@ -214,10 +223,12 @@ class AgentClient:
         """
         answer, _ = self._ask({"op": "reserve", "timeout_s": timeout_s, "save_id": save_id}, timeout_s + SLACK_S)
         index: int | None = answer["generation"]
+        self._is_filling = index is not None
         return index
 
     def release(self, generation: int) -> None:
         """Give a reserved generation back unused."""
+        self._is_filling = False
         self._call("release", generation=generation)
 
     def seal(self, generation: int, request: SealRequest) -> None:
@@ -228,6 +239,7 @@ class AgentClient:
             TransientError: the agent was lost; whether it got the seal is unknown.
         """
         begun = time.monotonic()
+        self._is_filling = False
         tree = request.tree
         is_same = tree is not None and is_same_tree(tree, self._tree)
         wire = replace(request, tree=None) if is_same else request
@@ -236,8 +248,25 @@ class AgentClient:
         self._tree = tree
 
     def bring_pages(self) -> None:
-        """Have the arena's pages brought in the background, before a copy needs them."""
-        self._call("bring_pages")
+        """Bring the arena's pages in the background, before a copy needs them; a save that begins meanwhile goes first.
+
+        When a save is on disk, which nothing may slow down, it goes on by itself.
+        """
+        with self._lock:
+            arena = self._arena
+        if arena is not None and not arena.is_on_disk and not all(pages.are_there for pages in arena.pages):
+            threading.Thread(target=self._bring, args=(arena,), name="ckptstore-pages", daemon=True).start()
+
+    def _bring(self, arena: Arena) -> None:
+        if not self._bringing.acquire(blocking=False):
+            return
+        try:
+            with suppress(OSError, AttributeError):  # of this thread alone; training goes first
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            for pages in arena.pages:
+                pages.bring_all(lambda: self._is_filling or self._arena is not arena)
+        finally:
+            self._bringing.release()
 
     def discard(self, save_id: str, reason: str) -> bool:
         """Drop a save that isn't complete, on this node; False if it is complete and stays."""
@@ -345,6 +374,11 @@ class AgentClient:
 
     def _ask(self, request: Json, timeout_s: float) -> Answer:
         return self._conversation.ask(request, timeout_s)
+
+    def _heard(self, event: Event) -> None:
+        if event.kind in ("local", "prepared"):
+            self.bring_pages()
+        self._on_event(event)
 
 
 def _hook_environment(config: StoreConfig) -> dict[str, str]:

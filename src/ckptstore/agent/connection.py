@@ -242,11 +242,6 @@ class Connection:
         attachment.slot.release(attachment, request["generation"])
         return {}, []
 
-    def _op_bring_pages(self, _request: Json) -> Answer:
-        _, attachment = self._attached()
-        threading.Thread(target=attachment.slot.bring_pages, name="bring-pages", daemon=True).start()
-        return {}, []
-
     def _op_seal(self, request: Json) -> Answer:
         jobs, attachment = self._attached()
         seal = SealRequest.from_wire(request["seal"])

@@ -337,8 +337,6 @@ class RunJobs:
         elif written is not None:
             written.timing.update(queued)
             self._written(job, written)
-            for slot in list(self.slots.values()):
-                slot.bring_pages()
 
     def _wait_for_older(self, job: SaveJob) -> dict[str, float]:
         """A run's saves are written one after another; runs share the disk block by block. The seconds of a wait.

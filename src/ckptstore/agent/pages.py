@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,15 @@ class Pages:
         self._slow_steps = 0
         self._done = 0
 
-    def steps(self) -> Iterator[tuple[int, int]]:
-        """(start, end) of the parts to bring one by one, so that threads can share them and one can stop between."""
-        for start in range(0, len(self._memory), _STEP):
-            yield start, min(start + _STEP, len(self._memory))
+    @property
+    def are_there(self) -> bool:
+        """Whether all were brought."""
+        return self._done >= len(self._memory)
+
+    def steps(self) -> list[tuple[int, int]]:
+        """(start, end) of the parts left to bring, so that threads can share them and one can stop between."""
+        size = len(self._memory)
+        return [(start, min(start + _STEP, size)) for start in range(self._done, size, _STEP)]
 
     def bring(self, start: int, end: int) -> bool:
         """Make these pages present in one go; False where the kernel can't, so that the first copy pays."""
@@ -102,14 +107,16 @@ class Pages:
             self._judge(code, len(part) / (time.perf_counter() - began))
         return _advise(part, _MADV_POPULATE_WRITE) == 0
 
-    def bring_all(self, must_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Bring them all, unless told to stop between two steps; whether all are there. Goes on where it stopped."""
+    def bring_all(self, must_stop: Callable[[], bool] = lambda: False) -> None:
+        """Bring them all, unless told to stop between two steps. Goes on where it stopped."""
         for start, end in self.steps():
-            if start >= self._done:
-                if must_stop() or not self.bring(start, end):
-                    return False
-                self._done = end
-        return True
+            if must_stop() or not self.bring(start, end):
+                return
+            self._done = max(self._done, end)
+
+    def note_all(self) -> None:
+        """Somebody has brought all :meth:`steps`, or touched all the memory."""
+        self._done = len(self._memory)
 
     def _judge(self, code: int, bytes_per_second: float) -> None:
         """Whether to ask for large pages again."""

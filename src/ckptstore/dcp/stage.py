@@ -49,7 +49,6 @@ class Stage:
         self._plan = plan
         self._starts = tuple(starts)
         self._targets: dict[int, tuple[list[torch.Tensor], list[int]]] = {}
-        self._present: set[int] = set()  # images whose pages are there
         self._total = 0
 
     def copy(
@@ -59,6 +58,7 @@ class Stage:
         threads: int = 1,
         kinds: Collection[Kind] | None = None,
         streams: Streams | None = None,
+        pages: Pages | None = None,
     ) -> int:
         """Copy every piece to its place in ``image``; all bytes are there when this returns.
 
@@ -68,6 +68,7 @@ class Stage:
             threads: upper bound; small totals are copied by the caller alone.
             kinds: copy only tensors of these kinds; None: all.
             streams: as :func:`streams_of` gave them where training runs; needed by another thread, which has its own.
+            pages: of the image: a long copy first brings those that are not there, many at once.
 
         Returns:
             Bytes copied.
@@ -84,8 +85,9 @@ class Stage:
             # Training may go on meanwhile: who gives a parameter other memory must not take ours away.
             sources = [source.detach() for source in sources]
         threads = min(threads, max(1, total // _BYTES_PER_THREAD))
-        if total >= _BYTES_PER_THREAD:
-            self._bring_pages(image, threads)
+        if total >= _BYTES_PER_THREAD and pages is not None and not pages.are_there:
+            run([partial(pages.bring, *step) for step in pages.steps()], threads)
+            pages.note_all()
         with torch.no_grad():
             if any(source.is_cuda for source in sources):
                 copies = [Copy(t, s, t.nbytes) for t, s in zip(targets, sources, strict=True)]
@@ -101,15 +103,6 @@ class Stage:
     def forget(self) -> None:
         """Release all images seen so far."""
         self._targets.clear()
-        self._present.clear()
-
-    def _bring_pages(self, image: Any, threads: int) -> None:
-        """Nobody has touched this memory before its first long copy: its pages come in large parts, not one by one."""
-        address = torch.frombuffer(image, dtype=torch.uint8).data_ptr()
-        if address not in self._present:
-            pages = Pages(image)
-            run([partial(pages.bring, start, end) for start, end in pages.steps()], threads)
-            self._present.add(address)
 
     def _views(self, binding: Binding, image: Any) -> tuple[list[torch.Tensor], list[int]]:
         """Where the pieces with any bytes go in ``image``, and their places in the binding."""

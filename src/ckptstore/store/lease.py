@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from mmap import mmap
 from typing import NamedTuple
 
 from ckptstore.agent.arena import Arena
 from ckptstore.agent.client import AgentClient
+from ckptstore.agent.pages import Pages
 from ckptstore.config import StoreConfig
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.planner import Plan
@@ -23,7 +23,8 @@ class Taken(NamedTuple):
     """A generation to copy into; whoever has it seals it or gives it back."""
 
     generation: int
-    image: memoryview | mmap
+    image: memoryview
+    pages: Pages
     stage: Stage
     layout_id: str
 
@@ -128,7 +129,8 @@ class Lease:
         generation, self._generation = self._generation, None
         if self.arena is None or self._stage is None or generation is None:
             raise AssertionError("agreed to copy without an arena")
-        return Taken(generation, self.arena.generations[generation], self._stage, self.arena.layout_id)
+        arena = self.arena
+        return Taken(generation, arena.generations[generation], arena.pages[generation], self._stage, arena.layout_id)
 
     def release(self) -> None:
         """Local. Give a generation back that was not taken."""

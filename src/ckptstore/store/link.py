@@ -144,12 +144,9 @@ class AgentLink:
                 log.debug("releasing an arena generation failed: %s", error)
 
     def bring_pages(self) -> None:
-        """Have the arena's memory made ready meanwhile, as far as that is possible."""
+        """Have the arena's memory made ready in the background."""
         if self._client is not None:
-            try:
-                self._client.bring_pages()
-            except CkptError as error:
-                log.debug("bringing pages failed: %s", error)
+            self._client.bring_pages()
 
     def mend(self, save_id: str) -> None:
         """Have the local copy of a save made whole from the remotes meanwhile, as far as that is possible."""

@@ -181,7 +181,7 @@ class Session:
 
     def _copy_and_seal(self, call: _Call, prepared: Prepared) -> SaveHandle:
         """Local. From here on this rank waits for nobody."""
-        generation, image, stage, layout_id = self._lease.take()
+        generation, image, pages, stage, layout_id = self._lease.take()
         handle = SaveHandle(self._info(call), self.remotes, self.config.remote_quorum)
         self.link.remember(handle)
         binding = prepared.binding
@@ -210,7 +210,7 @@ class Session:
             """Whether all is well so far."""
             try:
                 with _timed(spans, "copy"):
-                    stage.copy(binding, image, threads, kinds, streams)
+                    stage.copy(binding, image, threads, kinds, streams, pages)
                 if is_last:
                     self.link.client.seal(generation, replace(request, spans=spans))
             except BaseException as error:

@@ -181,28 +181,6 @@ def test_memory_lent_but_not_yet_touched_is_counted(slot: Slot) -> None:
     assert 0 < available_memory() < 1 << 50
 
 
-def test_between_saves_all_pages_are_brought_once(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
-    brought: list[int] = []
-
-    def bring(pages: arena.Pages, start: int, end: int) -> bool:
-        brought.append(end - start)
-        return True
-
-    monkeypatch.setattr(arena.Pages, "bring", bring)
-    _, generations = slot.configure(OWNER, [spec("a", 5 << 20)], 2, 1)
-    slot.reserve(OWNER, 0)
-    slot.bring_pages()
-    assert brought == [], "training is copying"
-    slot.release(OWNER, 0)
-    slot.bring_pages()
-    slot.bring_pages()
-    assert sum(brought) == sum(g.capacity_bytes for g in generations)
-    slot.configure(OWNER, [spec("a", 6 << 20)], 2, 1)
-    brought.clear()
-    slot.bring_pages()
-    assert brought, "the memory has grown"
-
-
 def test_what_was_never_sealed_is_free_when_its_owner_begins_another_save(slot: Slot) -> None:
     slot.configure(OWNER, PIECES, 2, 1)
     assert [slot.reserve(OWNER, 0, f"0123456789ab-{number}") for number in range(1, 6)] == [0] * 5

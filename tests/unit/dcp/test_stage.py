@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from ckptstore.agent.pages import Pages
 from ckptstore.dcp import stage as stage_module
 from ckptstore.dcp.binder import Binder, bind
 from ckptstore.dcp.pause import no_collections
@@ -62,8 +64,6 @@ def test_each_copy_shows_the_values_of_its_own_call() -> None:
 
 @pytest.mark.parametrize("size", [3, 5_000_000])
 def test_an_image_can_be_unmapped_once_the_stage_forgets_it(size: int) -> None:
-    import mmap
-
     binding = bind({"x": torch.ones(size)})
     made = plan(binding)
     places = layout(made.pieces)
@@ -75,20 +75,18 @@ def test_an_image_can_be_unmapped_once_the_stage_forgets_it(size: int) -> None:
     assert image.closed
 
 
-def test_pages_are_brought_once_for_each_image_by_its_first_long_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    brought: list[int] = []
-    monkeypatch.setattr(stage_module.Pages, "bring", lambda pages, start, end: brought.append(end - start))
-    model = nn.BatchNorm1d(5_000_000)
-    binding = bind({"m": model, "n": torch.ones(3)})
+def test_a_long_copy_brings_the_pages_that_are_not_there() -> None:
+    binding = bind({"m": nn.BatchNorm1d(5_000_000), "n": torch.ones(3)})
     made = plan(binding)
     places = layout(made.pieces)
-    images = [bytearray(places.image_bytes) for _ in range(2)]
-    stage = Stage(made, places.starts)
-    stage.copy(binding, images[0], kinds={"plain"})
-    assert brought == []
-    for number, images_brought in ((0, 1), (0, 1), (1, 2), (0, 2), (1, 2)):
-        stage.copy(binding, images[number], 2, kinds={"param"})
-        assert sum(brought) == images_brought * places.image_bytes
+    memory = mmap.mmap(-1, places.image_bytes)
+    stage, pages = Stage(made, places.starts), Pages(memory)
+    stage.copy(binding, memory, kinds={"plain"}, pages=pages)
+    assert not pages.are_there, "few bytes bring their own"
+    stage.copy(binding, memory, 2, kinds={"param"}, pages=pages)
+    assert pages.are_there
+    start = places.starts[made.indexes.index(next(i for i, t in enumerate(binding.tensors) if t.kind == "param"))]
+    assert torch.frombuffer(memory, dtype=torch.float32, offset=start, count=5_000_000).sum().item() == 5_000_000
 
 
 def _large() -> tuple[list[torch.Tensor], list[Copy]]:
