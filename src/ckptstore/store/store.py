@@ -13,20 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from ckptstore.config import StoreConfig
 from ckptstore.errors import (
-    CheckpointNotFoundError,
     CkptError,
     ConfigError,
-    NoStoreError,
     SaveTimeoutError,
     StorageError,
 )
-from ckptstore.format.manifest import Parent, check_run_name
+from ckptstore.format.manifest import Parent
+from ckptstore.store.checkpoints import RunCheckpoints
 from ckptstore.store.eager import eager, need_torch
 from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
-from ckptstore.store.remotes import RemoteArgument, check_level, name_remotes
+from ckptstore.store.remotes import RemoteArgument, check_level
 from ckptstore.store.tally import LoadTally
-from ckptstore.store.tiers import StoreTiers
 from ckptstore.store.timeline import TimelineKeeper
 from ckptstore.types import CheckpointInfo, StepLike
 
@@ -36,14 +34,13 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from ckptstore.dcp.agreement import Agreement
-    from ckptstore.repo.catalog import Catalog
     from ckptstore.repo.reader import CheckpointReader
     from ckptstore.store.session import Session
 
 log = logging.getLogger("ckptstore")
 
 
-class CheckpointStore:
+class CheckpointStore(RunCheckpoints):
     """Keeps training state safe: on the local disk at once, in buckets soon after.
 
     Opening is free: no lock, agent, network or process group until the first save or load. Safe to share between
@@ -70,12 +67,8 @@ class CheckpointStore:
         config: StoreConfig | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        self.local = Path(local).absolute() if local is not None else None
-        self.remotes = name_remotes(remote)
-        self.run = check_run_name(run if run is not None else "default")
+        super().__init__(local, remote, run)
         self.config = config if config is not None else StoreConfig()
-        if self.local is None and not self.remotes:
-            raise ConfigError("a store needs a local root or a remote", hint="CheckpointStore('/data/ckpt')")
         if self.config.remote_quorum is not None and self.config.remote_quorum > len(self.remotes):
             raise ConfigError(
                 f"remote_quorum={self.config.remote_quorum} but the store has {len(self.remotes)} remotes",
@@ -89,7 +82,6 @@ class CheckpointStore:
         self._session: Session | None = None
         self._torn: str | None = None  # the save that was loaded, if its local copy has lost files
         self._agreement: Agreement | None = None
-        self._tiers = StoreTiers(self.local, self.remotes, self.run)
         self._closed = False
         self._tally = LoadTally(self.run)
         self._fence = Fence()
@@ -309,22 +301,6 @@ class CheckpointStore:
             self._timeline.resumed(Parent(save_id=summary.save_id, timeline=summary.timeline, step=summary.step))
             return loaded.info
 
-    @eager
-    def read(self, step: StepLike = "latest", *, only: Sequence[str] = ()) -> Any:
-        """The stored state without a target: nested containers of CPU tensors. Local.
-
-        Each module comes as one flat dict of names, without wrapper prefixes.
-
-        Raises:
-            CheckpointNotFoundError, IntegrityError: as for ``load``.
-        """
-        from ckptstore.dcp.reading import read_state
-        from ckptstore.store.loading import choose
-
-        _, reader, _ = choose(self._tiers.sources(), step)
-        with reader:
-            return read_state(reader, only=only)
-
     # -- for people who own their dcp.save and dcp.load -----------------------------------------------------------
 
     def reader(self, step: StepLike = "latest") -> StorageReader:
@@ -373,61 +349,6 @@ class CheckpointStore:
 
         return CheckpointStorageWriter(save)
 
-    # -- looking --------------------------------------------------------------------------------------------------
-
-    def checkpoints(self, *, include_superseded: bool = False) -> list[CheckpointInfo]:
-        """The checkpoints of this run, oldest first. Local; needs no torch. An absent store or run is []."""
-        try:
-            catalog = self.catalog()
-        except NoStoreError as error:
-            if "bucket" in error.context:
-                raise
-            return []
-        records = catalog.records if include_superseded else catalog.line()
-        return [record.info() for record in records]
-
-    def latest(self) -> CheckpointInfo | None:
-        """The newest checkpoint of the current line, or None. Local."""
-        infos = self.checkpoints()
-        return infos[-1] if infos else None
-
-    def best(self, monitor: str | None = None, mode: str | None = None) -> CheckpointInfo | None:
-        """The checkpoint with the lowest metric ``monitor`` (the highest with ``mode="max"``), or None. Local.
-
-        Args:
-            monitor: Name of a metric; None: the one metric of the run whose name ends in "loss".
-            mode: "min" (default) or "max".
-
-        Raises:
-            ConfigError: no or several metrics end in "loss" and none was named.
-        """
-        catalog = self.catalog()
-        record = catalog.best(monitor or catalog.only_loss(), mode or "min") if catalog.line() else None
-        return record.info() if record else None
-
-    def pin(self, step: StepLike) -> None:
-        """Keep this checkpoint whatever retention says, in every tier that has it. Local.
-
-        Raises:
-            CheckpointNotFoundError: there is none.
-            TransientError: a remote can't be reached; nothing was changed.
-        """
-        self._tiers.change(step, "pin")
-
-    def unpin(self, step: StepLike) -> None:
-        """Undo :meth:`pin`. Local; raises what it raises."""
-        self._tiers.change(step, "unpin")
-
-    def delete(self, step: StepLike) -> None:
-        """Remove one checkpoint from every tier, manifest first. Local.
-
-        Raises:
-            CheckpointNotFoundError: there is none.
-            ConfigError: it is pinned.
-            TransientError: a remote can't be reached; nothing was deleted.
-        """
-        self._tiers.change(step, "delete")
-
     # -- for what is built on top, such as the manager --------------------------------------------------------------
 
     @property
@@ -442,16 +363,6 @@ class CheckpointStore:
         """Whether this rank answers for its node's local tier; known once something was saved."""
         session = self._session
         return session is not None and session.rank == session.link.topology.local_ranks[0]
-
-    def catalog(self) -> Catalog:
-        """Every save of the run in all tiers, damaged and superseded ones included. Local; needs no torch.
-
-        A remote that can't be reached now is passed over if another tier has something.
-
-        Raises:
-            StorageError: a tier can't be listed.
-        """
-        return self._tiers.catalog()
 
     def settle(self) -> None:
         """Let what earlier trainers staged reach the disk, and complete what is durable in parts. Collective."""
@@ -520,6 +431,3 @@ class CheckpointStore:
             )
             self._session.link.tell_loads(self._tally)
         return self._session
-
-
-__all__ = ["CheckpointNotFoundError", "CheckpointStore", "name_remotes"]
