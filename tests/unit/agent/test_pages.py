@@ -106,7 +106,6 @@ def test_free_large_pages_are_those_of_the_poorest_node(tmp_path: Path) -> None:
     assert pages.free_large_pages(tmp_path / "absent") == 0
     table.write_text("something else\n")
     assert pages.free_large_pages(table) == 0
-    assert pages.free_large_pages() > 0, "of this machine"
 
 
 class Kernel:
