@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 TEXT_FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(threadName)s %(message)s"
+#: How long a thread may keep the interpreter from the others; Python's own 5 ms are longer than most seals take.
+SWITCH_SECONDS = 0.0005
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +58,7 @@ def _serve(args: argparse.Namespace) -> int:
     log = logging.getLogger("ckptstore.agent")
     _be_nice()
     _be_small()
+    _be_prompt()
     lock = None
     try:
         directory = RuntimeDir.of(args.root) if args.runtime is None else RuntimeDir(args.runtime)
@@ -96,6 +99,11 @@ def _serve(args: argparse.Namespace) -> int:
     logging.shutdown()
     # Threads may still hang in a request. The lock goes with the process, so whoever gets it next finds nobody writing.
     os._exit(0)
+
+
+def _be_prompt() -> None:
+    """A trainer that waits for an answer must not wait for whatever else is being computed here."""
+    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 def _be_nice() -> None:

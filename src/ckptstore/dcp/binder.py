@@ -190,7 +190,7 @@ class _Known:
     """What is kept of one structure between saves; no tensor.
 
     Attributes:
-        names: of all its tensors, in the order of the walk.
+        names, kinds: of all its tensors, in the order of the walk.
         described: all its tensors.
         fragments: keys of those it has.
         kept: those that aren't tied to an earlier one.
@@ -200,6 +200,7 @@ class _Known:
 
     def __init__(self, described: tuple[BoundTensor, ...]) -> None:
         self.names: list[str] = []
+        self.kinds: list[Kind] = []
         self.described = described
         self.fragments: frozenset[str] = frozenset()
         self.kept: tuple[BoundTensor, ...] = ()
@@ -223,10 +224,14 @@ class _Known:
 
     def _describe(self, walk: Walk, *, all_plain: bool) -> tuple[list[torch.Tensor], bool]:
         """The local tensors, and whether every one looks as it did at the last save."""
+        if walk.names == self.names and walk.kinds == self.kinds:
+            found = list(map(_unchanged, walk.tensors, self.described))
+            unchanged = [local for local in found if local is not None]
+            if len(unchanged) == len(found):
+                return unchanged, True
         described, names, kinds = self.described, walk.names, walk.kinds
         fresh: list[BoundTensor] = []
         locals_: list[torch.Tensor] = []
-        same = len(described) == len(names)
         for i, tensor in enumerate(walk.tensors):
             old = described[i] if i < len(described) else None
             if old is not None and old.name == names[i] and old.kind == kinds[i]:
@@ -235,15 +240,13 @@ class _Known:
                     fresh.append(old)
                     locals_.append(local)
                     continue
-            same = False
             if all_plain and composites.is_composite(tensor):
                 raise _NotPlainError
             box = box_of(names[i], tensor)
             fresh.append(BoundTensor(names[i], tensor, kinds[i], box))
             locals_.append(box.local)
-        if not same:
-            self.names, self.described = names, tuple(fresh)
-        return locals_, same
+        self.names, self.kinds, self.described = names, kinds, tuple(fresh)
+        return locals_, False
 
     def _find_ties(self, locals_: list[torch.Tensor], same: bool) -> bool:
         """Which names share memory; updates what is kept. Returns whether that, too, is as last time."""
@@ -265,24 +268,20 @@ class _NotPlainError(Exception):
 
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
+_STRIDED = torch.strided
 
 
 def _unchanged(tensor: torch.Tensor, old: BoundTensor) -> torch.Tensor | None:
     """The local memory if all that a :class:`BoundTensor` says of the tensor would come out the same, else None."""
-    cls = type(tensor)
-    if cls is DTensor or cls not in _PLAIN:
-        if cls is not DTensor or tensor._spec is not old.spec:  # type: ignore[attr-defined]
+    local, spec = tensor, old.spec
+    if spec is not None:
+        if type(tensor) is not DTensor or tensor._spec is not spec:
             return None
-        local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
-        if type(local) not in _PLAIN:
-            return None
-    else:
-        if old.spec is not None:
-            return None
-        local = tensor
+        local = tensor._local_tensor
     if (
-        local.dtype is old.torch_dtype
-        and local.layout is torch.strided
+        type(local) in _PLAIN
+        and local.dtype is old.torch_dtype
+        and local.layout is _STRIDED
         and not local.is_nested
         and local.shape == old.local_shape
         and tensor.requires_grad == old.requires_grad
