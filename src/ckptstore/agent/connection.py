@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from ckptstore._version import __version__
 from ckptstore.agent import cpus
-from ckptstore.agent.job import Attachment
 from ckptstore.agent.jobs import RunJobs
 from ckptstore.agent.protocol import (
     MAX_FDS,
@@ -33,6 +32,7 @@ from ckptstore.agent.protocol import (
     layout_id_of,
     pieces_from_wire,
 )
+from ckptstore.agent.slots import Attachment
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CkptError, ConfigError, LockedError
 from ckptstore.format.manifest import Json, check_run_name

@@ -1,38 +1,17 @@
-"""One save on its way through the agent, and who takes part in it."""
+"""One save on its way through the agent, and who hears of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from ckptstore.agent.arena import Generation, Slot
+from ckptstore.agent.arena import Generation
 from ckptstore.agent.protocol import Event, SealRequest
 from ckptstore.errors import ConfigError
-from ckptstore.format.manifest import Json
 from ckptstore.format.stock import Layout, PieceSpec
 from ckptstore.repo import names
-
-
-@dataclass(eq=False)
-class Attachment:
-    """One rank's connection.
-
-    Attributes:
-        is_gone: whether its process has ended, so that nothing of it writes into the arena any more.
-        rank: learned from its seals unless it was told.
-    """
-
-    run: str
-    slot: Slot
-    send: Callable[[Event], None]
-    is_gone: Callable[[], bool]
-    rank: int | None = None
-    last: tuple[str, int] | None = None
-    """save_id and step of its last seal."""
-    tree: Json | None = None
-    """The state tree of its last seal."""
 
 
 @dataclass(frozen=True)

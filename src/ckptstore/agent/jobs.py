@@ -7,17 +7,17 @@ rank that is lost, or too late, drops it for all. Nothing here blocks on a disk 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ckptstore.agent.arena import Slot, State
+from ckptstore.agent.arena import State
 from ckptstore.agent.disk import Abandoned
-from ckptstore.agent.job import Attachment, Part, SaveJob, Stage, Watcher, check_seal
+from ckptstore.agent.job import Part, SaveJob, Stage, Watcher, check_seal
 from ckptstore.agent.protocol import Event, SealRequest
 from ckptstore.agent.remotes import RunRemotes
 from ckptstore.agent.runtime import RuntimeDir
+from ckptstore.agent.slots import Attachment, Leaving, Slots
 from ckptstore.agent.uploader import brief
 from ckptstore.agent.writer import Image, Written, write_part
 from ckptstore.clock import Clock, rfc3339
@@ -58,8 +58,7 @@ class RunJobs:
     ) -> None:
         self.run = run
         self.config = config
-        self.slots: dict[int, Slot] = {}
-        self.attached: set[Attachment] = set()
+        self.slots = Slots(condition, run, self._left, clock)
         self.last_local: Summary | None = None
         self.failures = 0
         self.watchers: list[Watcher] = []
@@ -69,7 +68,6 @@ class RunJobs:
         self._clock = clock
         self._jobs: dict[str, SaveJob] = {}
         self._dropped: dict[str, CkptError] = {}
-        self._lost_slots: set[int] = set()
         self._dead_jobs: set[str] = set()
         self.remotes = RunRemotes(condition, tier, run, self.emit, self.completed, self._retried, clock)
 
@@ -89,15 +87,8 @@ class RunJobs:
         """Make a connection the owner of a slot. Newest wins: slot, configuration, remotes and credentials."""
         with self._condition:
             self.config = config
-            where = self.slots.setdefault(slot, Slot(self._condition, self.run, slot))
-            where.folder = self._tier.root if config.stage_on_disk else None
-            if isinstance(where.owner, Attachment):
-                # If it lives it has the memory mapped, and may be in the middle of a copy.
-                self._vacate(where, is_gone=where.owner.is_gone())
-            attachment = Attachment(self.run, where, send, is_gone, rank)
-            where.owner, where.rank = attachment, rank
-            self._lost_slots.discard(slot)
-            self.attached.add(attachment)
+            folder = self._tier.root if config.stage_on_disk else None
+            attachment = self.slots.attach(slot, send, is_gone, rank=rank, folder=folder)
             self._condition.notify_all()
         self.remotes.refresh(remotes, environ, config)
         return attachment
@@ -110,9 +101,7 @@ class RunJobs:
             was_closed: it said goodbye.
         """
         with self._condition:
-            self.attached.discard(attachment)
-            if attachment.slot.owner is attachment:
-                self._vacate(attachment.slot, is_gone=is_gone, was_closed=was_closed)
+            self.slots.detach(attachment, is_gone=is_gone, was_closed=was_closed)
             self._condition.notify_all()
         if is_gone and not was_closed and attachment.last is not None:
             self._note_death(attachment.rank, *attachment.last)
@@ -127,50 +116,25 @@ class RunJobs:
         record = {"time": rfc3339(self._clock.now()), "ended": "lost", "job": nonce, "rank": rank, "step": step}
         journal.append(self._tier, self.run, "jobs", [record])
 
-    def _vacate(self, slot: Slot, *, is_gone: bool, was_closed: bool = False) -> None:
-        owner = slot.owner
-        assert isinstance(owner, Attachment)
-        slot.owner, slot.vacant_since = None, self._clock.monotonic()
-        slot.is_tainted = slot.is_tainted or not is_gone
-        if not was_closed:
-            self._lost_slots.add(slot.index)
-        error = SaveFailedError("its process was lost before every rank had sealed", rank=owner.rank)
-        for generation in slot.generations:
-            if was_closed:
-                generation.holds = None  # in good order: the next job reads from the disk, and finds out if it is whole
-            if generation.state is State.FILLING:
-                if generation.save_id is not None and generation.save_id not in self._jobs:
-                    self._remember(generation.save_id, error)
-                generation.free()
+    def _left(self, leaving: Leaving) -> None:
+        """What a rank has not sealed when it leaves comes to nothing, for all."""
+        error = SaveFailedError("its process was lost before every rank had sealed", rank=leaving.who.rank)
+        for save_id in leaving.unsealed:
+            if save_id not in self._jobs:
+                self._remember(save_id, error)
         for job in list(self._jobs.values()):
-            rank = self._rank_of(job, owner)
-            if job.stage is not Stage.GATHERING or rank is None or (was_closed and rank in job.parts):
+            rank = self.slots.rank_of(leaving.who, job.local_ranks)
+            if job.stage is not Stage.GATHERING or rank is None or (leaving.was_closed and rank in job.parts):
                 continue
-            what = "closed its store" if was_closed else "was lost"
+            what = "closed its store" if leaving.was_closed else "was lost"
             self._drop(job, SaveFailedError(f"rank {rank} {what} before every rank had sealed", rank=rank))
-
-    def _rank_of(self, job: SaveJob, who: Attachment) -> int | None:
-        if who.rank is not None:
-            return who.rank if who.rank in job.local_ranks else None
-        return next((rank for rank in job.local_ranks if self._slot_of(job, rank) is who.slot), None)
-
-    def _slot_of(self, job: SaveJob, rank: int) -> Slot | None:
-        """Where a rank copies to; by order as long as it has neither said so nor sealed."""
-        told = [slot for slot in self.slots.values() if slot.rank == rank]
-        if told:
-            return next((slot for slot in told if slot.owner is not None), told[0])
-        position = job.local_ranks.index(rank)
-        in_order = [self.slots[index] for index in sorted(self.slots)]
-        if len(in_order) == len(job.local_ranks):
-            return in_order[position]
-        return self.slots.get(position)
 
     def emit(self, event: Event) -> None:
         """Tell every attached rank. Never blocks."""
         with self._condition:
             if event.kind == "failed":
                 self.failures += 1
-            for attachment in self.attached:
+            for attachment in self.slots.attached:
                 attachment.send(event)
         for watcher in self.watchers:
             watcher.event(self.run, event)
@@ -180,16 +144,9 @@ class RunJobs:
     # ------------------------------------------------------------------ sealing
 
     def held(self, save_id: str) -> list[tuple[int, int, int]]:
-        """(rank, descriptor, bytes) of this save's images that dead trainers left; the descriptors are copies.
-
-        Whoever reads them verifies what was read: a new save may write over them at any time.
-        """
+        """What dead trainers left of a save; see :meth:`Slots.held`."""
         with self._condition:
-            orphans = [
-                generation for slot in self.slots.values() if slot.owner is None for generation in slot.generations
-            ]
-            found = [g for g in orphans if g.holds and g.holds[0] == save_id]
-            return sorted((g.holds[1], os.dup(g.fd), g.capacity_bytes) for g in found if g.holds)
+            return self.slots.held(save_id)
 
     def seal(self, who: Attachment, index: int, request: SealRequest) -> None:
         """Take a filled generation into its save.
@@ -223,7 +180,7 @@ class RunJobs:
             who.rank = who.slot.rank = request.rank
             who.last = request.save_id, request.step
             if job.missing:
-                lost = [r for r in job.missing if self._is_lost(self._slot_of(job, r))]
+                lost = [r for r in job.missing if self.slots.is_lost(r, job.local_ranks)]
                 if lost:
                     raise self._drop(
                         job, SaveFailedError(f"rank {lost[0]} was lost before it had sealed", rank=lost[0])
@@ -232,9 +189,6 @@ class RunJobs:
             job.stage = Stage.WRITING
             self.emit(Event("sealed", job.save_id, job.step))
         threading.Thread(target=self._write, args=(job,), name=f"write-{job.save_id}", daemon=True).start()
-
-    def _is_lost(self, slot: Slot | None) -> bool:
-        return slot is not None and slot.owner is None and slot.index in self._lost_slots
 
     def _drop(self, job: SaveJob, error: CkptError) -> CkptError:
         """Forget a save that isn't durable, and say so. Hold the condition. Returns the error."""
@@ -282,9 +236,8 @@ class RunJobs:
         """Drop saves whose other ranks don't come; give back memory whose rank doesn't come back."""
         with self._condition:
             now = self._clock.monotonic()
-            for slot in self.slots.values():
-                if now - slot.vacant_since > self.config.agent_idle_exit_seconds and slot.give_back():
-                    log.info("gave back the memory of slot %d of %s", slot.index, self.run)
+            for index in self.slots.give_back(self.config.agent_idle_exit_seconds):
+                log.info("gave back the memory of slot %d of %s", index, self.run)
             for job in list(self._jobs.values()):
                 if job.stage is Stage.GATHERING and now - job.begun > self.config.deadline_s:
                     ranks = ", ".join(str(rank) for rank in job.missing)
@@ -428,8 +381,7 @@ class RunJobs:
     def is_busy(self) -> bool:
         """Whether anything is staged, or can be uploaded now."""
         with self._condition:
-            filling = any(g.state is State.FILLING for s in self.slots.values() for g in s.generations)
-            return filling or bool(self._jobs) or self.remotes.is_busy()
+            return self.slots.is_filling() or bool(self._jobs) or self.remotes.is_busy()
 
     def is_staging(self) -> bool:
         """Whether a save has a seal and no end yet."""
@@ -445,7 +397,7 @@ class RunJobs:
         """For ``status``."""
         with self._condition:
             return {
-                "ranks_attached": sorted(a.slot.index for a in self.attached if a.slot.owner is a),
+                "ranks_attached": self.slots.owners(),
                 "saves": [
                     {"save_id": j.save_id, "step": j.step, "stage": j.stage.value, "ranks_missing": j.missing}
                     for j in self._jobs.values()

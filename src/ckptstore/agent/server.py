@@ -336,7 +336,7 @@ class AgentServer:
         """What `ckptctl status` shows."""
         with self.condition:
             runs = {name: run.describe() for name, run in self.runs.items()}
-            slots = [slot.describe() for run in self.runs.values() for slot in run.slots.values()]
+            slots = [slot for run in self.runs.values() for slot in run.slots.describe()]
             trainers = sum(connection.attachment is not None for connection in self._connections)
         return {
             "agent_id": self.agent_id,
