@@ -25,6 +25,7 @@ from ckptstore.agent.protocol import (
     Event,
     SealRequest,
     close_fds,
+    error_to_wire,
     is_same_tree,
     layout_id_of,
     pieces_to_wire,
@@ -272,6 +273,11 @@ class AgentClient:
         """Drop a save that isn't complete, on this node; False if it is complete and stays."""
         answer, _ = self._ask({"op": "discard", "save_id": save_id, "reason": reason}, DISK_TIMEOUT_S)
         return bool(answer["discarded"])
+
+    def missed(self, save_id: str, step: int, error: CkptError | None) -> None:
+        """Have a save counted that no rank has copied, because of ``error`` or (None) by choice."""
+        wire = None if error is None else error_to_wire(error)
+        self._ask({"op": "missed", "save_id": save_id, "step": step, "error": wire}, TELL_TIMEOUT_S)
 
     def mend(self, save_id: str) -> None:
         """Have what the local copy of a save lacks brought from the remotes, in the background."""

@@ -28,6 +28,7 @@ from ckptstore.agent.protocol import (
     Event,
     SealRequest,
     close_fds,
+    error_from_wire,
     error_to_wire,
     layout_id_of,
     pieces_from_wire,
@@ -36,6 +37,7 @@ from ckptstore.agent.slots import Attachment
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CkptError, ConfigError, LockedError
 from ckptstore.format.manifest import Json, check_run_name
+from ckptstore.repo import names
 
 if TYPE_CHECKING:
     from ckptstore.agent.server import AgentServer
@@ -257,6 +259,13 @@ class Connection:
     def _op_discard(self, request: Json) -> Answer:
         jobs, _ = self._attached()
         return {"discarded": jobs.discard(request["save_id"], str(request["reason"]))}, []
+
+    def _op_missed(self, request: Json) -> Answer:
+        jobs, _ = self._attached()
+        wire = request["error"]
+        error = None if wire is None else error_from_wire(wire)
+        jobs.missed(names.check_save_id(request["save_id"]), int(request["step"]), error)
+        return {}, []
 
     def _op_mend(self, request: Json) -> Answer:
         jobs, _ = self._attached()

@@ -232,6 +232,22 @@ class RunJobs:
         self.emit(Event.failure(SaveFailedError(reason), save_id=save_id, step=save.step, level="staged"))
         return True
 
+    def missed(self, save_id: str, step: int, error: CkptError | None) -> None:
+        """No rank has copied this save: there was no memory for it in time. ``error`` None: it was left out by choice.
+
+        Its trainers know already; this is for the log, metrics and hooks.
+        """
+        if error is None:
+            event = Event("left_out", save_id, step)
+        else:
+            event = Event.failure(error, save_id=save_id, step=step, level="staged")
+            said = {"run": self.run, "step": step, "save_id": save_id, "event": "failed"}
+            log.error("save %s of %s, step %d, failed: %s", save_id, self.run, step, error, extra=said)
+        with self._condition:
+            self.failures += error is not None
+        for watcher in self.watchers:
+            watcher.event(self.run, event)
+
     def check_deadlines(self) -> None:
         """Drop saves whose other ranks don't come; give back memory whose rank doesn't come back."""
         with self._condition:

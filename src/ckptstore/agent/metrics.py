@@ -69,6 +69,9 @@ class Metrics(Collector):
         )
         self._retries = Counter("retries", "Requests that were tried again.", ["op", "reason"], **common)
         self._failures = Counter("failures", "Saves that failed, by level and error.", ["run", "op", "error"], **common)
+        self._left_out = Counter(
+            "skipped_saves", "Saves left out because those before were still being written.", ["run"], **common
+        )
         self._verify = Counter("verify_failures", "Copies that did not hold what they should.", ["run"], **common)
         self._restored = Counter(
             "restored_bytes", "Plain bytes this node's ranks have loaded, by where they came from.", ["run", "source"],
@@ -89,6 +92,8 @@ class Metrics(Collector):
             self._failures.labels(run, str(event.data.get("level", "local")), kind).inc()
             if kind == "IntegrityError":
                 self._verify.labels(run).inc()
+        elif event.kind == "left_out":
+            self._left_out.labels(run).inc()
         elif event.kind in ("local", "remote"):
             summary = event.data["summary"]
             tier = "local" if event.kind == "local" else str(event.data["remote"])
@@ -142,6 +147,7 @@ class Metrics(Collector):
                 states.update(upload["state"] for upload in remote["queue"])
                 _keep_newest(committed, (run, name), remote["last_remote"])
             _keep_newest(committed, (run, "local"), said["last_local"])
+            self._left_out.labels(run)
             self._verify.labels(run)  # begins at 0, so that the first one is an increase
             self._repaired.labels(run)
             jobs.update({(run, state): float(states[state]) for state in JOB_STATES})

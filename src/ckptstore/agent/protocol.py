@@ -37,7 +37,7 @@ MAX_FDS = 8
 
 _LENGTH = struct.Struct(">I")
 
-EventKind = Literal["sealed", "announced", "prepared", "local", "remote", "skipped", "failed", "lost"]
+EventKind = Literal["sealed", "announced", "prepared", "local", "remote", "skipped", "failed", "left_out", "lost"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Event:
     - ``skipped``: by policy it is never sent to a remote: ``remote`` (its name), ``reason``.
     - ``failed``: it won't reach ``level`` (for ``remote``: not soon, it stays queued): ``error`` (class name),
       ``message``, ``hint``, and the error's context, such as ``rank``, ``errno``, ``remote``. See :meth:`exception`.
+    - ``left_out``: with ``back_pressure="skip"``, it was not taken; trainers know, and only metrics hear of it.
     - ``lost``: the connection to the agent is gone. No save_id.
     """
 

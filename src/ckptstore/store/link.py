@@ -148,6 +148,14 @@ class AgentLink:
         if self._client is not None:
             self._client.bring_pages()
 
+    def missed(self, save_id: str, step: int, error: CkptError | None) -> None:
+        """Have the agent count a save that was not taken; the first rank speaks for all."""
+        if self._client is not None and self._rank == 0:
+            try:
+                self._client.missed(save_id, step, error)
+            except CkptError as failure:
+                log.debug("telling of the missed save %s failed: %s", save_id, failure)
+
     def mend(self, save_id: str) -> None:
         """Have the local copy of a save made whole from the remotes meanwhile, as far as that is possible."""
         if self._client is not None:

@@ -261,8 +261,10 @@ class Session:
             )
             if self.config.back_pressure == "wait":
                 return self._failed(call, error)
+            self.link.missed(call.save_id, call.step, error)
             raise error
         log.warning("step %s was skipped: the previous saves are still being written", call.step)
+        self.link.missed(call.save_id, call.step, None)
         handle = SaveHandle(self._info(call, skipped=True), self.remotes, self.config.remote_quorum)
         handle.reach("staged")
         handle.reach("local")
@@ -274,6 +276,7 @@ class Session:
         handle = SaveHandle(self._info(call), self.remotes, self.config.remote_quorum)
         self.link.remember(handle)
         handle.fail(error)
+        self.link.missed(call.save_id, call.step, error)
         return handle
 
     def _summary(

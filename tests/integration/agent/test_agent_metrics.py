@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ CONTRACT = {
     "ckptstore_upload_lag_seconds", "ckptstore_last_committed_timestamp_seconds", "ckptstore_jobs",
     "ckptstore_retries_total", "ckptstore_failures_total", "ckptstore_verify_failures_total",
     "ckptstore_local_free_bytes", "ckptstore_build_info", "ckptstore_restored_bytes_total",
-    "ckptstore_repaired_files_total",
+    "ckptstore_repaired_files_total", "ckptstore_skipped_saves_total",
 }  # fmt: skip
 
 
@@ -126,6 +127,41 @@ def test_loads_are_counted_by_source_whether_the_agent_runs_already_or_comes_lat
         found = scrape(observer.status()["metrics"]["port"])
         observer.close()
         assert value(found, "ckptstore_restored_bytes_total", run="default", source="local") == size
+
+
+@pytest.mark.parametrize("policy", ["skip", "fail", "wait"])
+def test_saves_that_no_memory_was_free_for_are_counted(node: Node, policy: Any) -> None:
+    import torch
+
+    from ckptstore import CheckpointStore, errors
+
+    gate, told = node.path / "gate", node.path / "told"
+    gate.touch()
+    node.sick_agent("hold", str(gate))
+    config = StoreConfig(
+        back_pressure=policy, back_pressure_timeout_s=0.1, metrics_port=0, hook_command=("tee", "-a", str(told))
+    )
+    store = CheckpointStore(node.root, config=config)
+    try:
+        for step in (1, 2):
+            store.save({"x": torch.ones(9)}, step)
+        if policy == "fail":
+            with pytest.raises(errors.SaveFailedError, match="still being written"):
+                store.save({"x": torch.ones(9)}, 3)
+        else:
+            assert (store.save({"x": torch.ones(9)}, 3).failure() is not None) == (policy == "wait")
+        assert store._session is not None
+        found = scrape(store._session.link.client.status()["metrics"]["port"])
+        assert (value(found, "ckptstore_skipped_saves_total", run="default") or 0) == (policy == "skip")
+        failures = value(found, "ckptstore_failures_total", run="default", op="staged", error="SaveFailedError")
+        assert failures == (None if policy == "skip" else 1)
+        if policy != "skip":
+            news = json.loads(until(lambda: told.exists() and told.read_text()))
+            assert (news["event"], news["step"]) == ("save_failed", 3)
+    finally:
+        gate.unlink()
+        with suppress(errors.SaveFailedError):
+            store.close()
 
 
 def test_a_load_is_none_the_worse_when_the_agent_can_not_count_it(node: Node) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from ckptstore.agent import disk
 from ckptstore.agent.arena import State
-from ckptstore.agent.job import Attachment
 from ckptstore.agent.jobs import RunJobs
 from ckptstore.agent.protocol import Event, SealRequest, layout_id_of
 from ckptstore.agent.runtime import RuntimeDir
+from ckptstore.agent.slots import Attachment
 from ckptstore.clock import ManualClock
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CheckpointNotFoundError, ConfigError, SaveFailedError
