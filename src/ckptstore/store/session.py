@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ _CHANGING: frozenset[Kind] = frozenset({"buffer", "plain", "per_rank"})
 _FENCED: frozenset[Kind] = frozenset({"param", "optim"})
 #: What ranks that only prepare agree on.
 NOT_A_STEP = -1
+#: However many cores a host has, a save takes no more of them.
+MAX_COPY_THREADS = 4
 
 
 @dataclass
@@ -224,7 +227,8 @@ class Session:
                 return False
             return True
 
-        threads, streams = _copy_threads(), streams_of(binding)
+        streams = streams_of(binding)
+        threads = _copy_threads(len(self.link.topology.local_ranks), beside_training=self.fence.is_on)
         if not self.fence.is_on:
             copy(None, is_last=True)
         elif copy(_CHANGING, is_last=False):
@@ -327,7 +331,15 @@ def _timed(spans: dict[str, Any], name: str) -> Iterator[None]:
         spans[name] = spans.get(name, 0.0) + time.perf_counter() - began
 
 
-def _copy_threads() -> int:
+def _copy_threads(local_ranks: int, *, beside_training: bool) -> int:
+    """How many threads copy: torch's, or where training waits for them this rank's share of the cores, if that is more.
+
+    Torchrun gives each rank one thread, however many cores there are.
+    """
     import torch
 
-    return max(1, min(4, torch.get_num_threads()))
+    count = torch.get_num_threads()
+    if not beside_training:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = max(count, cores // local_ranks)
+    return max(1, min(MAX_COPY_THREADS, count))
