@@ -59,11 +59,9 @@ class Capabilities:
 
     Attributes:
         conditional_put: ``put(if_absent=True)`` is atomic among concurrent writers.
-        max_object_bytes: largest object ``put`` accepts, multipart included.
     """
 
     conditional_put: bool = True
-    max_object_bytes: int = 5 * 1024**4
 
 
 @dataclass(frozen=True)

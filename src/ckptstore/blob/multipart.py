@@ -11,7 +11,6 @@ T = TypeVar("T")
 
 #: Source: S3 and OSS both allow 10 000 parts of 5 GiB at most.
 MAX_PARTS = 10_000
-MAX_PART_BYTES = 5 * 1024**3
 _ROUND = 1024**2
 
 

@@ -30,7 +30,6 @@ from ckptstore.blob.address import Address
 from ckptstore.blob.base import Attempts, Buffer, Capabilities, ObjectInfo, Trait, once, transport
 from ckptstore.blob.bucket import PART_BYTES, SINGLE_PUT_BYTES, BucketStore, Reading, md5_base64
 from ckptstore.blob.keys import check_key, check_prefix, is_key
-from ckptstore.blob.multipart import MAX_PART_BYTES, MAX_PARTS
 from ckptstore.blob.oss_connection import OSSConnection, genuine
 from ckptstore.blob.oss_traits import CHECKSUMS, addressing, deletes
 from ckptstore.errors import CkptError, NoStoreError, NotFoundError, StorageError, TransientError
@@ -81,10 +80,7 @@ class OSSBlobStore(BucketStore):
         self._at_rest = _at_rest(address)
         self._connection = OSSConnection(address, self._bucket, environ, read_timeout_s)
         self._request = self._connection.request
-        self.capabilities = Capabilities(
-            conditional_put=address.flag("conditional_put", True),
-            max_object_bytes=MAX_PARTS * MAX_PART_BYTES,
-        )
+        self.capabilities = Capabilities(conditional_put=address.flag("conditional_put", True))
 
     @classmethod
     def from_address(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ckptstore.blob.address import parse_address
 from ckptstore.blob.keys import check_prefix, is_key
-from ckptstore.blob.multipart import MAX_PART_BYTES, MAX_PARTS, parts_of
+from ckptstore.blob.multipart import MAX_PARTS, parts_of
 from ckptstore.blob.ranges import exact_range
 from ckptstore.errors import ConfigError, IntegrityError
 
@@ -66,7 +66,7 @@ def test_parts_cover_the_body_within_the_servers_limits_when_sizes_are_any(size:
     assert all(before.stop == after.start for before, after in pairwise(parts))
     sizes = {piece.stop - piece.start for piece in parts[:-1]}
     assert len(sizes) <= 1
-    assert all(part <= piece <= MAX_PART_BYTES for piece in sizes)
+    assert all(part <= piece <= 5 * 1024**3 for piece in sizes)
     assert [piece.number for piece in parts] == list(range(1, len(parts) + 1))
 
 

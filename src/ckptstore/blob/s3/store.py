@@ -13,7 +13,6 @@ from ckptstore.blob.address import Address
 from ckptstore.blob.base import Attempts, Buffer, Capabilities, ObjectInfo, Trait, once
 from ckptstore.blob.bucket import PART_BYTES, SINGLE_PUT_BYTES, BucketStore, Reading
 from ckptstore.blob.keys import check_key, check_prefix, is_key
-from ckptstore.blob.multipart import MAX_PART_BYTES, MAX_PARTS
 from ckptstore.blob.s3.connection import S3Connection
 from ckptstore.blob.s3.kept import KEPT, Kept
 from ckptstore.errors import (
@@ -60,8 +59,7 @@ class S3BlobStore(BucketStore):
         self._pays: dict[str, Any] = {"RequestPayer": "requester"} if address.flag("requester_pays") else {}
         self._kept = Kept.of(address, environ)
         self.capabilities = Capabilities(
-            conditional_put=address.flag("conditional_put", not self._connection.host.endswith(_UNCONDITIONAL)),
-            max_object_bytes=min(5 * 1024**4, MAX_PARTS * MAX_PART_BYTES),
+            conditional_put=address.flag("conditional_put", not self._connection.host.endswith(_UNCONDITIONAL))
         )
 
     @classmethod
