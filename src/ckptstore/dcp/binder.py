@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ckptstore.dcp import composites
-from ckptstore.dcp.boxes import Box, Shape, box_of, dtype_name
+from ckptstore.dcp.boxes import Box, Shape, box_of, check_memory, dtype_name
 from ckptstore.dcp.views import overlapping, still_holds
 from ckptstore.dcp.walk import Fragments, Kind, Walk
 from ckptstore.errors import StateError
@@ -207,18 +207,20 @@ class _Known:
         self.aliases: dict[str, str] = {}
         self.fingerprint = b""
         self.views: dict[int, View] = {}
+        self._memory = _Memory()
         self._ties = _Ties()
         self._indexes: list[int] | None = None
 
     def describe(self, walk: Walk, *, all_plain: bool) -> list[torch.Tensor]:
         """Bring everything up to date; returns the local tensors of those in ``kept``."""
         locals_, same = self._describe(walk, all_plain=all_plain)
+        apart = self._memory.note(self.names, locals_) and same
         same = self._find_ties(locals_, same)
         if not same:
             self.fingerprint = _fingerprint(self.kept, self.aliases)
         if self._indexes is not None:
             locals_ = [locals_[i] for i in self._indexes]
-        if not same or not still_holds(self.views, locals_):
+        if not (same and apart and still_holds(self.views, locals_)):
             self.views = overlapping(self.kept, locals_)
         return locals_
 
@@ -251,7 +253,7 @@ class _Known:
     def _find_ties(self, locals_: list[torch.Tensor], same: bool) -> bool:
         """Which names share memory; updates what is kept. Returns whether that, too, is as last time."""
         first: dict[int, int] = {}
-        pattern = [first.setdefault(local.data_ptr() or -id(local), i) for i, local in enumerate(locals_)]
+        pattern = [first.setdefault(address, i) for i, address in enumerate(self._memory.addresses)]
         if same and self._ties.still_hold(pattern, locals_):
             return True
         described = self.described
@@ -289,6 +291,40 @@ def _unchanged(tensor: torch.Tensor, old: BoundTensor) -> torch.Tensor | None:
     ):
         return local
     return None
+
+
+class _Memory:
+    """Where tensors lay when they were last seen.
+
+    Attributes:
+        addresses: of their first elements; something of their own for those that have none.
+    """
+
+    def __init__(self) -> None:
+        self.addresses: list[int] = []
+        self._storages: list[int] = []
+
+    def note(self, names: list[str], locals_: list[torch.Tensor]) -> bool:
+        """See where they lie now. Returns whether none has come into a storage that holds another of them.
+
+        Raises:
+            StateError: the memory of one was given back.
+        """
+        addresses = [local.data_ptr() or -id(local) for local in locals_]
+        if addresses == self.addresses:
+            return True
+        is_known = len(addresses) == len(self.addresses)
+        moved = [i for i in range(len(addresses)) if not is_known or addresses[i] != self.addresses[i]]
+        for i in moved:
+            check_memory(names[i], locals_[i])
+        storages = self._storages if is_known else [0] * len(addresses)
+        for i in moved:
+            storages[i] = 0
+        taken, new = set(storages), [locals_[i].untyped_storage().data_ptr() or -i for i in moved]
+        for i, storage in zip(moved, new, strict=True):
+            storages[i] = storage
+        self.addresses, self._storages = addresses, storages
+        return taken.isdisjoint(new) and len(set(new)) == len(new)
 
 
 class _Ties:

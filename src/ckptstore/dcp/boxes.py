@@ -127,6 +127,20 @@ def plain(key: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def check_memory(key: str, tensor: torch.Tensor) -> None:
+    """Whether a plain tensor has all the memory that it shows: a storage may have been given back, and a copy would
+    then read, or write, what isn't there.
+
+    Raises:
+        StateError: it has not; names ``key``.
+    """
+    if not tensor.numel():
+        return
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.untyped_storage().nbytes() < (last + 1) * tensor.itemsize:
+        raise _refusal(key, "a tensor whose memory was given back (its storage was resized)")
+
+
 def _refusal(key: str, what: str, hint: str = _HINT) -> StateError:
     return StateError(f"{key!r} is {what}; it can't be stored", hint=hint, key=key)
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ckptstore.dcp import composites, modules
-from ckptstore.dcp.boxes import Box, box_of, dtype_name
+from ckptstore.dcp.boxes import Box, box_of, check_memory, dtype_name
 from ckptstore.dcp.composite_target import described, match_composite
 from ckptstore.dcp.containers import Flat, Replace, in_place, replace_tuple, replacer
 from ckptstore.dcp.markers import PerRank, Trainable
@@ -161,6 +161,7 @@ class Matcher:
         meta = self.source.tensors[stub.name]
         try:
             box = box_of(key, tensor.detach() if type(tensor) is nn.Parameter else tensor)
+            check_memory(key, box.local)
         except StateError as error:
             self.found.mismatched.append(f"{key}: {error.message}")
             return False

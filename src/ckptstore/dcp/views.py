@@ -60,7 +60,7 @@ def overlapping(bound: Sequence[BoundTensor], locals_: Sequence[torch.Tensor]) -
 
 
 def still_holds(found: dict[int, View], locals_: Sequence[torch.Tensor]) -> bool:
-    """Whether the tensors lie to each other as they did; others may have come to overlap since."""
+    """Whether the tensors lie to each other as they did; says nothing of others."""
     origin: dict[int, tuple[int, int]] = {}
     for index, view in found.items():
         local = locals_[index]

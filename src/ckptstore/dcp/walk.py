@@ -326,8 +326,11 @@ def is_stateful(value: object) -> bool:
 
 
 def modules_in(value: object, path: Path = ()) -> Iterator[tuple[Path, nn.Module]]:
-    """Every module of a state with its path, through mappings, lists, tuples and markers."""
-    if isinstance(value, torch.Tensor):
+    """Every module of a state with its path, through mappings, lists, tuples and markers.
+
+    What is nested deeper than a state may be, as one that contains itself is, is left to who encodes it to refuse.
+    """
+    if isinstance(value, torch.Tensor) or len(path) > tree.MAX_DEPTH:
         return
     if isinstance(value, nn.Module):
         yield path, value

@@ -420,6 +420,39 @@ def test_a_tensor_that_becomes_composite_between_saves_is_taken_apart() -> None:
     assert names(binder.bind(state)) == names(binder.bind(state)) == plain
 
 
+@pytest.mark.parametrize("first", [0, 3], ids=["whole", "offset"])
+def test_a_tensor_whose_memory_was_given_back_is_refused_by_key(first: int) -> None:
+    binder, state = Binder(), {"a": torch.ones(8)[first:], "b": torch.ones(2)}
+    binder.bind(state)
+    state["a"].untyped_storage().resize_(0)
+    for bound in (binder.bind, bind, binder.bind):
+        with pytest.raises(StateError, match=r"'a'.*given back"):
+            bound(state)
+    state["a"] = torch.ones(8)[first:]
+    assert names(binder.bind(state)) == {"a", "b"}
+
+
+def test_a_tensor_that_comes_to_overlap_another_is_seen_to() -> None:
+    whole = torch.arange(8.0)
+    state = {"whole": whole, "apart": torch.ones(3), "other": torch.ones(3)}
+    binder = Binder()
+    binder.bind(state)
+    state["apart"] = whole[2:5]
+    assert binder.bind(state).tree == bind(state).tree
+    assert binder.bind(state).tree["views"].keys() == {"whole", "apart"}
+    state["apart"] = torch.ones(3)
+    assert "views" not in binder.bind(state).tree
+    state["other"] = state["apart"][1:]
+    assert binder.bind(state).tree == bind(state).tree
+
+
+def test_a_state_that_contains_itself_is_refused_by_key_when_an_optimizer_looks_through_it() -> None:
+    state: dict[str, Any] = {"optimizer": torch.optim.SGD(net().parameters()), "config": {}}
+    state["config"]["me"] = state["config"]
+    with pytest.raises(StateError, match=r"config\.me.*contains itself"):
+        bind(state)
+
+
 @pytest.mark.parametrize("bad", [object(), lambda: 0, nn.Linear, open], ids=["object", "lambda", "class", "builtin"])
 def test_a_value_that_cannot_be_stored_is_refused_by_key(bad: Any) -> None:
     with pytest.raises(StateError, match=r"deep\.bad"):

@@ -71,6 +71,14 @@ def test_a_wrong_shape_is_an_error_even_when_lenient() -> None:
         load_into({"m": {"a": torch.zeros(3)}}, save({"m": {"a": torch.ones(2)}}), strict=False)
 
 
+@pytest.mark.parametrize("first", [0, 3], ids=["whole", "offset"])
+def test_a_target_whose_memory_was_given_back_is_a_misfit(first: int) -> None:
+    target = torch.zeros(8)[first:]
+    target.untyped_storage().resize_(0)
+    with pytest.raises(LoadMismatchError, match=r"'a'.*given back"):
+        load_into({"a": target}, save({"a": torch.ones(8 - first)}))
+
+
 def test_top_level_keys_not_named_are_neither_read_nor_missed() -> None:
     checkpoint = save({"model": nn.Linear(2, 2), "big": torch.ones(1000), "odd": {1, 2}})
     load_into({"model": nn.Linear(2, 2)}, checkpoint)
