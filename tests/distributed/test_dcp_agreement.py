@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from dcp_jobs import (
+    break_in_the_middle,
     damage_for_one_rank,
     fail_then_go_on,
     late_once,
@@ -105,6 +106,15 @@ def test_the_next_save_works_when_a_rank_was_late_once() -> None:
     for seen in run_ranks(2, late_once, 2.0):
         assert seen[0] == seen[2] == "saved"
         assert seen[1] == "SaveFailedError"
+
+
+def test_all_hear_of_what_broke_on_one_rank_and_meet_again_when_it_was_interrupted() -> None:
+    seen = run_ranks(2, break_in_the_middle, 2.0)
+    told = "StateError: rank 1: reading the state failed: RuntimeError: no"
+    assert [saves[:2] for saves in seen] == [["saved", told]] * 2
+    assert seen[0][2].startswith("SaveFailedError")
+    assert seen[1][2].startswith("KeyboardInterrupt")
+    assert [saves[5:] for saves in seen] == [["saved", "saved"]] * 2
 
 
 def test_no_rank_is_touched_when_the_target_of_one_does_not_fit(tmp_path: Path) -> None:

@@ -331,6 +331,34 @@ def late_once(rank: int, deadline_s: float) -> list[str]:
     return seen
 
 
+def break_in_the_middle(rank: int, deadline_s: float) -> list[str]:
+    """Rank 1's state breaks at the second save, and it is interrupted there at the third; what became of each save."""
+
+    class Sick:
+        failure: BaseException | None = None
+
+        def state_dict(self) -> dict[str, int]:
+            if self.failure is not None:
+                raise self.failure
+            return {"a": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+    sick = Sick()
+    failures = {2: RuntimeError("no"), 3: KeyboardInterrupt()}
+    preparer = Preparer(Agreement(deadline_s=deadline_s))
+    seen = []
+    for counter in range(1, 8):
+        sick.failure = failures.get(counter) if rank == 1 else None
+        try:
+            preparer.prepare({"x": torch.ones(3), "sick": sick}, step=counter, counter=counter)
+            seen.append("saved")
+        except BaseException as error:
+            seen.append(f"{type(error).__name__}: {error}")
+        dist.barrier()  # as training does between saves
+    return seen
+
+
 def words(rank: int) -> Any:
     """The helpers, plainly."""
     agreement = Agreement(deadline_s=10)

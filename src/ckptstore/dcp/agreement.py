@@ -3,7 +3,8 @@
 An :class:`Agreement` owns a gloo group of its own, made at the first use and never registered with
 ``torch.distributed``, so a store neither depends on the job's backend nor adds to its list of groups. Every wait has
 the deadline. A peer that died, hangs or is late becomes a :class:`~ckptstore.errors.SaveFailedError` naming its rank on
-every survivor; what the backend raised is only its cause. After that the group is made anew, so the next save works.
+every survivor; what the backend raised is only its cause. After that the group is made anew, so the next save works:
+ranks may have failed at different moments and a different number of times, so they first meet in the job's store.
 """
 
 from __future__ import annotations
@@ -33,10 +34,20 @@ _VOTES_MULTIPLE = 128
 #: How long a closing agreement waits for the answer to a question that is under way.
 _ANSWER_S = 1.0
 _ABSENT = torch.iinfo(torch.int64).min
+#: What becomes of a meeting; whoever says so first decides it for all.
+_MET, _MISSED = "met", "missed"
 
 _instances: dict[tuple[int, ...], int] = {}
 _instances_lock = threading.Lock()
 _left_open: list[Any] = []
+
+
+class _Missing(Exception):  # noqa: N818 - becomes a SaveFailedError
+    """These ranks have not come to a meeting."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        super().__init__(f"ranks {ranks} have not come")
+        self.ranks = ranks
 
 
 @dataclass(frozen=True)
@@ -236,8 +247,13 @@ class Agreement:
                 return action(self._pg)
             except Exception as error:
                 self._pg = None
-                missing, note = self._roll_call()
+                missing, note = (error.ranks, "") if isinstance(error, _Missing) else self._roll_call()
                 raise _lost(what, missing, note, self.deadline_s) from error
+            except (
+                BaseException
+            ):  # told to stop in the middle: the peers' next question is not to be taken for this one
+                self._pg = None
+                raise
 
     def _connect(self) -> Any:
         if not self._name:
@@ -245,9 +261,32 @@ class Agreement:
                 number = _instances[self._ranks] = _instances.get(self._ranks, 0) + 1
             ranks = xxhash.xxh3_64_hexdigest(repr(self._ranks).encode())
             self._name = f"ckptstore/{ranks}/{number}"
-        self._attempt += 1
-        store = distributed_c10d.PrefixStore(f"{self._name}/{self._attempt}", _job_store(self.deadline_s))
+        store = distributed_c10d.PrefixStore(self._name, _job_store(self.deadline_s))
+        self._meet(store)
+        store = distributed_c10d.PrefixStore(str(self._attempt), store)
         return dist.ProcessGroupGloo(store, self.rank, self.world_size, timedelta(seconds=self.deadline_s))
+
+    def _meet(self, store: Any) -> None:
+        """Go to the first attempt at which all ranks are; an attempt that any of them has given up is over for all.
+
+        Raises:
+            _Missing: not all came in time.
+        """
+        until = time.monotonic() + self.deadline_s
+        while True:
+            self._attempt += 1
+            place = distributed_c10d.PrefixStore(f"{self._attempt}/meeting", store)
+            place.set(str(self.rank), "here")
+            outcome = _MET
+            if place.add("count", 1) < self.world_size:
+                try:
+                    place.wait(["outcome"], timedelta(seconds=max(0.01, until - time.monotonic())))
+                except RuntimeError:
+                    outcome = _MISSED
+            if place.compare_set("outcome", "", outcome).decode() == _MET:
+                return
+            if time.monotonic() >= until:
+                raise _Missing([rank for rank in range(self.world_size) if not place.check([str(rank)])])
 
     def _roll_call(self) -> tuple[list[int], str]:
         """Ranks that gave no sign of life after a failure, and a note if the job's store is gone too."""

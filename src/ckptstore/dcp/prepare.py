@@ -11,7 +11,7 @@ from ckptstore.dcp.binder import Binder, Binding
 from ckptstore.dcp.planner import Plan, plan
 from ckptstore.dcp.replicas import Mode, ReplicaCheck
 from ckptstore.dcp.union import joined, with_joined
-from ckptstore.errors import CkptError, SaveFailedError
+from ckptstore.errors import CkptError, SaveFailedError, StateError
 from ckptstore.format.manifest import Json
 
 #: How many plans are kept: of a whole state, of one without its optimizer, and so on.
@@ -109,6 +109,9 @@ class Preparer:
                     binding = self._binder.bind(state)
                 except CkptError as refused:
                     error = refused
+                except Exception as broken:  # of a state_dict of the user's, say: the peers must hear of that too
+                    error = StateError(f"reading the state failed: {type(broken).__name__}: {broken}")
+                    error.__cause__ = broken
             return self._settle(binding, step, counter, flags or {}, error)
         except BaseException:
             self.forget()

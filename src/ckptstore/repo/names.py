@@ -33,6 +33,8 @@ JOURNAL = "journal"
 
 _RUN = re.compile(RUN_PATTERN)
 _SAVE_ID = re.compile(SAVE_ID_PATTERN)
+#: The largest step that a directory's name has room for.
+MAX_STEP = 10**18 - 1
 _CHECKPOINT = re.compile(rf"step-([0-9]{{10,18}})-({SAVE_ID_PATTERN})")
 _STAGING = re.compile(rf"\.staging-({SAVE_ID_PATTERN})")
 _DELETING = re.compile(rf"\.deleting-({SAVE_ID_PATTERN})")

@@ -13,10 +13,19 @@ from ckptstore.config import StoreConfig
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.planner import Plan
 from ckptstore.dcp.stage import Stage
-from ckptstore.errors import CkptError, TransientError
+from ckptstore.errors import CkptError, StorageError, TransientError
 from ckptstore.store.link import AgentLink
 
 log = logging.getLogger("ckptstore")
+
+
+def told(error: Exception) -> CkptError:
+    """The error as peers hear of it, who would wait for this rank otherwise; what nobody foresaw stops no training."""
+    if isinstance(error, CkptError):
+        return error
+    foreign = StorageError(f"unexpected {type(error).__name__}: {error}")
+    foreign.__cause__ = error
+    return foreign
 
 
 class Taken(NamedTuple):
@@ -100,8 +109,8 @@ class Lease:
             try:
                 if self._generation is None:
                     self.ask(save_id)
-            except CkptError as failure:
-                error = failure
+            except Exception as failure:
+                error = told(failure)
             try:
                 outcome = self._agreement.agree(same={}, flags={"failed": error is not None, "busy": self.is_busy})
                 if "failed" in outcome.raised:

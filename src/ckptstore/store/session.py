@@ -25,10 +25,10 @@ from ckptstore.errors import (
     StorageError,
 )
 from ckptstore.format.manifest import Parent, Summary
-from ckptstore.store.facts import read_metrics, versions
+from ckptstore.store.facts import check_arguments, read_metrics, versions
 from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
-from ckptstore.store.lease import Lease
+from ckptstore.store.lease import Lease, told
 from ckptstore.store.link import AgentLink
 from ckptstore.store.timeline import TimelineKeeper
 from ckptstore.types import CheckpointInfo
@@ -95,12 +95,16 @@ class Session:
                 hint="give every rank the same remote=, $CKPTSTORE_REMOTE or ckptstore.toml",
             )
         try:
-            if error is None:
-                self.link.reconnect()
-        except CkptError as failure:
-            error = failure
-        self.agreement.together(error, what="attaching to the node agents")
-        self.link.meet(agreement, job=self.job)
+            try:
+                if error is None:
+                    self.link.reconnect()
+            except Exception as failure:
+                error = told(failure)
+            self.agreement.together(error, what="attaching to the node agents")
+            self.link.meet(agreement, job=self.job)
+        except BaseException:
+            self.link.close()  # the next call makes another session
+            raise
 
     # -- one save -------------------------------------------------------------------------------------------------
 
@@ -114,8 +118,8 @@ class Session:
         error: CkptError | None = None
         try:
             self.link.reconnect()
-        except CkptError as failure:
-            error = failure
+        except Exception as failure:
+            error = told(failure)
         try:
             self._agree(call, state, error)
         finally:
@@ -143,8 +147,8 @@ class Session:
                 self.link.reconnect()
                 call.summary = self._summary(call, metrics, tags, emergency)
                 self._lease.ask(call.save_id)
-        except CkptError as failure:
-            error = failure
+        except Exception as failure:
+            error = told(failure)
             self._lease.plan = None  # it may be what can't be laid out; another may
         try:
             prepared = self._agree(call, state, error)
@@ -160,7 +164,7 @@ class Session:
         with _timed(call.spans, "plan"):
             prepared = self._preparer.prepare(
                 state,
-                step=call.step if isinstance(call.step, int) else NOT_A_STEP,
+                step=call.step if error is None else NOT_A_STEP,
                 counter=self._counter,
                 flags={"busy": self._lease.is_busy},
                 error=error,
@@ -292,8 +296,7 @@ class Session:
     ) -> Summary | None:
         """Rank 0's word on the save; the other ranks only have their arguments checked."""
         checked = read_metrics(metrics)
-        if not isinstance(call.step, int) or isinstance(call.step, bool) or call.step < 0:
-            raise ConfigError(f"step must be an int >= 0, not {call.step!r}")
+        check_arguments(call.step, call.epoch, tags)
         if self.rank != 0:
             return None
         number, parent = self._timeline.at(call.step, self.link.client, job=self.job)
