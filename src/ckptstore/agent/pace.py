@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from datetime import datetime
 
@@ -41,7 +40,7 @@ class Pace:
         with self._lock:
             if self._at is None or now <= self._at:
                 return
-            fade = math.exp2(-(now - self._at) / _HALF_LIFE_SECONDS)
+            fade = 0.5 ** ((now - self._at) / _HALF_LIFE_SECONDS)
             self._seconds = self._seconds * fade + now - self._at
             self._plain = self._plain * fade + max(0, plain_bytes - self._last[0])
             self._sent = self._sent * fade + max(0, sent_bytes - self._last[1])

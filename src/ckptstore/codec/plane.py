@@ -146,7 +146,7 @@ def _cut_and_pack(octets: Bytes, bits: int, bias: int, packed: Bytes, cut: Bytes
     np.subtract(octets, np.uint8(bias), out=cut[:count])
     cut[count:] = 0
     where = np.flatnonzero(cut >= escape)
-    misfits = cut[where] - np.uint8(escape)
+    misfits: Bytes = cut[where] - np.uint8(escape)
     cut[where] = escape
     wide, spare = cut.view(WORD[share]), SCRATCH.words("spread", len(packed), share)
     steps = _SPREAD[bits]

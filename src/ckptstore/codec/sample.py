@@ -55,7 +55,7 @@ def steps(numbers: Words, old: Words | None, at: Places, lag: int) -> Counts:
 def distinct(numbers: Words, at: Places) -> float:
     """Share of different words in a part of those at these places."""
     part = np.sort(numbers[at[::4]])
-    return (np.count_nonzero(part[1:] != part[:-1]) + 1) / max(1, len(part))
+    return float(np.count_nonzero(part[1:] != part[:-1]) + 1) / max(1, len(part))
 
 
 def _mapped(numbers: Words, old: Words | None, at: Places) -> Words:

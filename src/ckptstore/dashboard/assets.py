@@ -45,8 +45,8 @@ def environment() -> jinja2.Environment:
 def content(name: str) -> bytes:
     """A static file."""
     if name == "plotly.min.js":
-        return resources.files(plotly).joinpath("package_data", name).read_bytes()
-    return resources.files("ckptstore.dashboard").joinpath("static", name).read_bytes()
+        return resources.files(plotly).joinpath("package_data").joinpath(name).read_bytes()
+    return resources.files("ckptstore.dashboard").joinpath("static").joinpath(name).read_bytes()
 
 
 @lru_cache(maxsize=1)

@@ -133,11 +133,13 @@ def _decode_array(dec: Decoder, node: Json, path: Path) -> np.ndarray[Any, Any]:
         # Element by element: NumPy would unpack sequences.
         for i, value in enumerate(values):
             flat[i] = value
-        return flat.reshape(shape, order=order)
+        array: np.ndarray[Any, Any] = flat.reshape(shape, order=order)
+        return array
     dtype, data = _dtype(node.get("dtype"), path), blob(node.get("v"), path)
     if size * dtype.itemsize != len(data) or size > max(len(data), MAX_VALUES) or dtype.subdtype is not None:
         malformed(path, "an array doesn't fit its shape")
-    return np.ndarray(shape, dtype, buffer=bytearray(data), order=order)
+    array = np.ndarray(shape, dtype, buffer=bytearray(data), order=order)
+    return array
 
 
 add_codec("np.array", np.ndarray, "shape order dtype v", _encode_array, _decode_array)
