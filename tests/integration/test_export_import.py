@@ -109,6 +109,9 @@ class TestSafetensors:
     ) -> None:
         done = export_safetensors(tiers, "latest", tmp_path / "all.safetensors", Selection())
         loaded = load_file(done.path)
+        plain = tmp_path / "plain"
+        plain.touch()
+        assert done.path.stat().st_mode == plain.stat().st_mode, "whoever may read this user's files may read it"
         expected = flat(stored)
         assert loaded.keys() == expected.keys()
         for name, value in expected.items():

@@ -150,6 +150,10 @@ def test_plain_values_come_back_and_changes_are_said(tmp_path: Path, caplog: pyt
     assert point.state["config"] == {"lr": 0.1, "n": 2}
     assert (seen2, meter2.best, array2.tolist(), w2.tolist()) == ([1, 2], 0.5, [0, 1, 2], [1.0, 1.0])
     assert "config has changed since step 1: lr: 0.1 -> 0.2" in caplog.text
+    fewer = manager(tmp_path).track(w=w2)
+    with caplog.at_level(logging.INFO, logger="ckptstore"):
+        assert fewer.resume().state["best"] == 3
+    assert "not tracked now: array, meter, seen" in caplog.text, "values come back all the same"
     assert re.search(r"resumed step 1 \((local|arena), \d+ s ago\)", caplog.text)
 
 
@@ -296,8 +300,11 @@ def test_a_changed_model_is_refused_in_words_and_untouched(tmp_path: Path) -> No
         m.save_checkpoint(global_step=1)
     other = nn.Linear(4, 5)
     before = other.weight.detach().clone()
-    with pytest.raises(errors.LoadMismatchError, match=r"model.weight: stored shape \[4, 4\], target shape \[5, 4\]"):
+    with pytest.raises(
+        errors.LoadMismatchError, match=r"model.weight: stored shape \[4, 4\], target shape \[5, 4\]"
+    ) as found:
         manager(tmp_path).track(model=other).resume()
+    assert (len(found.traceback), found.value.__cause__) == (2, None), "our own frames say nothing more"
     assert torch.equal(other.weight, before)
 
 
@@ -348,7 +355,30 @@ def test_a_failed_save_is_survived_until_too_many_fail(tmp_path: Path, caplog: p
     assert "no space left" in caplog.text
     with pytest.raises(errors.NoSpaceError):
         m2.step(2)
+    m3 = CheckpointManager(store=store, save_every_steps=1).track(w=torch.zeros(1))
+    with pytest.raises(errors.SaveFailedError, match="the last save failed: no space left"), m3:
+        assert m3.step(1) is None
     store.close()
+
+
+def test_the_last_steps_are_told_and_keep_what_was_said_of_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="ckptstore")
+    with manager(tmp_path, save_every_steps=2, save_freq=1).track(w=torch.zeros(1)) as m:
+        for step in range(1, 6):
+            m.step(step, metrics={"loss": step})
+    assert "the last step is in no checkpoint; manager.save_checkpoint()" in caplog.text
+    caplog.clear()
+    with manager(tmp_path, save_every_steps=4, save_freq=1).track(w=torch.zeros(1)) as m:
+        assert m.resume().step == 4
+        m.step(5, metrics={"loss": 5})
+        m.epoch_end(0)
+        m.step(6, metrics={"loss": 6})
+        m.save_checkpoint()
+    assert "in no checkpoint" not in caplog.text
+    with CheckpointStore(tmp_path) as store:
+        assert [info.metrics["loss"] for info in store.checkpoints()] == [2, 4, 5, 6]
 
 
 def test_the_disk_forecast_is_said_when_room_gets_short(
@@ -384,8 +414,14 @@ def test_curves_reach_a_summary_writer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("answer", "step"), [("", 8), ("y", 8), ("4", 4), ("n", 0), ("5\ny", 8)])
 def test_a_person_at_the_terminal_chooses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], answer: str, step: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    answer: str,
+    step: int,
 ) -> None:
+    caplog.set_level(logging.INFO, logger="ckptstore")
     with manager(tmp_path).track(w=torch.zeros(1)) as m:
         for each in (4, 8):
             m.save_checkpoint(global_step=each, epoch=1, metrics={"loss": 0.25})
@@ -397,6 +433,7 @@ def test_a_person_at_the_terminal_chooses(
     os.close(ours)
     assert point.step == step
     assert "step 8  epoch 1  0 s ago  loss 0.25" in capfd.readouterr().err
+    assert ("starting over" in caplog.text) == (step == 0)
 
 
 def test_nobody_is_asked_without_a_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

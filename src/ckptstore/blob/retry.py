@@ -8,6 +8,7 @@ batches: :class:`Retrier` is an :class:`~ckptstore.blob.base.Attempts`). An erro
 from __future__ import annotations
 
 import builtins
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from tenacity.retry import retry_if_exception
 from ckptstore.blob.base import BlobStore, Buffer, ObjectInfo, Trait
 from ckptstore.clock import SYSTEM_CLOCK, Clock
 from ckptstore.errors import CheckpointExistsError, CredentialsError, TransientError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _COMPARE_BYTES = 8 << 20
@@ -104,8 +107,10 @@ class Retrier:
 
         def tell(state: RetryCallState) -> None:
             error = _error(state)
-            if self._on_retry and isinstance(error, TransientError):
-                self._on_retry(Retry(op, _reason(error), state.attempt_number, state.upcoming_sleep, error))
+            if isinstance(error, TransientError):
+                log.debug("%s; trying again in %.1f s", error.message, state.upcoming_sleep)
+                if self._on_retry:
+                    self._on_retry(Retry(op, _reason(error), state.attempt_number, state.upcoming_sleep, error))
 
         loop = Retrying(
             retry=retry_if_exception(worth_it),

@@ -81,7 +81,7 @@ class VerbGroup(click.Group):
         name = args[0]
         if name not in VERBS and not name.startswith("-"):
             close = difflib.get_close_matches(name, VERBS, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else " See 'ckptctl --help'."
+            hint = f" Did you mean '{close[0]}'?" if close else ""
             raise click.UsageError(f"No such verb '{name}'.{hint}", ctx)
         return super().resolve_command(ctx, args)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -86,6 +87,8 @@ def shared_options(function: F) -> Any:
                 setattr(settings, name, value)
         if settings.verbose:
             _talk()
+        elif not settings.quiet and sys.stderr.isatty():
+            _say_once_that_it_waits()
         return function(**kwargs)
 
     for option in reversed(_OPTIONS):
@@ -103,6 +106,23 @@ def _talk() -> None:
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
+
+
+def _say_once_that_it_waits() -> None:
+    """A person at a terminal shouldn't wonder why nothing happens while requests are tried again."""
+    import logging
+
+    from ckptstore.cli.output import note
+
+    class Once(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logger.removeHandler(self)
+            note(f"{record.getMessage().partition(';')[0]}; trying again (-v tells each try)")
+
+    logger = logging.getLogger("ckptstore.blob.retry")
+    logger.setLevel(logging.DEBUG)
+    if not logger.handlers:  # the group and the verb both come here
+        logger.addHandler(Once())
 
 
 class Verb(click.Command):

@@ -121,6 +121,8 @@ def _lists(encoded: Json) -> Iterator[tuple[tuple[str | int, ...], list[Any]]]:
     """Leaves that are lists; records in a list are gathered back into it."""
     rows: dict[tuple[str | int, ...], dict[int, dict[str, Any]]] = {}
     for path, value in tree.iter_leaves(encoded):
+        if "param_groups" in path:
+            continue  # an optimizer's settings, such as betas
         if isinstance(value, (list, tuple)):
             yield path, list(value)
         elif len(path) >= 3 and isinstance(path[-2], int) and isinstance(value, (int, float)):

@@ -65,6 +65,7 @@ def _point(record: Mapping[str, Any]) -> dict[str, Any] | None:
         "step": step,
         "epoch": epoch if isinstance(epoch, int) else None,
         "metrics": values,
+        "begins": record.get("begins") is True,
     }
 
 
@@ -89,7 +90,8 @@ def _pace(points: Sequence[Mapping[str, Any]]) -> list[float | None]:
     found: list[float | None] = [None] if points else []
     for before, point in pairwise(points):
         seconds, steps = point["time"] - before["time"], point["step"] - before["step"]
-        found.append(steps / seconds if 0 < seconds < PAUSE_SECONDS and steps > 0 else None)
+        is_pace = not point["begins"] and 0 < seconds < PAUSE_SECONDS and steps > 0
+        found.append(steps / seconds if is_pace else None)
     return found
 
 

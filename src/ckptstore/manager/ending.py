@@ -57,19 +57,22 @@ def rescue(parts: Parts, saver: Saver, error: BaseException, grace_s: float) -> 
     if progress.step is None or not parts.tracked or isinstance(error, SaveFailedError):
         return
     what = type(error).__name__
+    first = str(error).strip().partition("\n")[0]
+    text = f"{what} ({first})" if first else what  # a signal that follows takes its traceback away
     done = parts.guard.completed()
     # With a new save to come: less, so that ranks come to the meeting within its limit of each other.
     first_s = grace_s if done is None else grace_s / 4
     _wait(parts, progress.handle, time.monotonic() + first_s, is_remote=False)
     if done is None:
-        say(f"{what} in the middle of an optimizer step: not saved; {parts.safety.sentence()}", logging.ERROR)
+        say(f"{text} in the middle of an optimizer step: not saved; {parts.safety.sentence()}", logging.ERROR)
         return
     step = parts.guard.reached(progress.step, progress.previous_step, done)
     try:
         if not progress.is_saved(step):
             agreement = parts.store.agreement
             if not all_are_here(agreement, step, min(parts.store.config.deadline_s, grace_s / 2)):
-                say(f"{what} on this rank, others did not stop: not saved; {parts.safety.sentence()}", logging.ERROR)
+                others = "others did not stop at the same step, or are gone"
+                say(f"{text} on this rank, {others}: not saved; {parts.safety.sentence()}", logging.ERROR)
                 return
             occasion = Occasion(step, progress.epoch, tags=(TAG_EXCEPTION,), is_emergency=True, reason=what)
             saver.save(occasion)
@@ -87,6 +90,13 @@ def leave(parts: Parts, error: BaseException | None, *, watch: SignalWatch | Non
     """
     pending = watch.pending if watch is not None else None
     if error is None:
+        progress = parts.progress
+        since = (progress.step or 0) - (progress.last_step or 0)
+        if since > 0:
+            parts.voice.say(
+                f"the last {f'{since} steps are' if since > 1 else 'step is'} in no checkpoint; "
+                "manager.save_checkpoint() at the end of the loop keeps them"
+            )
         close(parts, 600.0, watch=watch)
         return
     if is_now:
@@ -141,11 +151,14 @@ def close(parts: Parts, timeout_s: float, *, watch: SignalWatch | None) -> None:
             raise KeyboardInterrupt
         raise Preempted(128 + stopped_by, text)
     _let_go(parts, 0.0 if time.monotonic() >= until else 1.0)
-    handle = parts.progress.handle
+    progress = parts.progress
+    if (missed := progress.failure) is not None:
+        raise SaveFailedError(f"the last save failed: {missed.message}", hint=missed.hint) from missed
+    handle = progress.handle
     if handle is not None and (failure := handle.failure()) is not None:
         if handle.level in (None, "staged"):
             raise failure
-        parts.voice.say(f"{failure.message}; it is on the local disk: `ckptctl push {store.local}`", logging.WARNING)
+        parts.voice.say(f"{failure.message}; it is on the local disk: `{store.push_command}`", logging.WARNING)
 
 
 def _let_go(parts: Parts, timeout_s: float) -> None:

@@ -55,7 +55,7 @@ class Live:
         now = self._clock()
         if now < self._next or self._tier is None:
             return
-        self._next = now + PERIOD_SECONDS
+        is_first, self._next = self._next < 0, now + PERIOD_SECONDS
         values = {
             str(name): json_number(value)
             for name, given in (metrics or {}).items()
@@ -64,6 +64,8 @@ class Live:
         if "lr" not in values and (rate := self._learning_rate()) is not None:
             values["lr"] = rate
         point = {"time": rfc3339(SYSTEM_CLOCK.now()), "step": step, "epoch": epoch, "metrics": values}
+        if is_first:
+            point["begins"] = True  # a job's; no time of the loop's lies between it and the point before
         self._waiting.append(point)
         if self._writer is None:
             self._writer = _Writer(self._tier, self._run, self._waiting)

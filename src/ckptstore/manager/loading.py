@@ -21,6 +21,7 @@ from ckptstore.manager.parts import Parts
 from ckptstore.manager.resume import Candidates, ResumePoint
 from ckptstore.manager.tracking import OWN_KEY, Tracked
 from ckptstore.ops import history
+from ckptstore.ops.words import counted
 from ckptstore.repo.catalog import Catalog
 from ckptstore.types import CheckpointInfo, StepLike
 
@@ -56,13 +57,10 @@ class Loading:
         """
         self._store.settle()
         if step == "never":
-            self._store.start_over()
-            self._voice.say("starting over in a new timeline; earlier checkpoints stay until it has its own")
-            return self._new()
+            return self._start_over()
         found = self._choose("auto" if step == "ask" else step, is_asking=step == "ask")
         if found.start_over:
-            self._store.start_over()
-            return self._new()
+            return self._start_over()
         if not found.save_ids:
             self._voice.say(f"no checkpoint of run {self._store.run!r} yet: starting from the beginning")
             return self._new()
@@ -145,9 +143,10 @@ class Loading:
             if others or not missing or not all(str(name).startswith(f"{OWN_KEY}.") for name in missing):
                 raise LoadMismatchError(
                     f"the checkpoint does not fit what is tracked now: {error.message}",
-                    hint='change it back, or start over with resume="never"; store.load(strict=False) loads what fits',
+                    hint='change it back, start over with resume="never", or begin another run with what fits of '
+                    "this one: CheckpointStore(...).load(..., strict=False)",
                     **error.context,
-                ) from error
+                ) from None
             info = self._store.load(tracked.in_place, save_id)  # saved without a manager
         if info is None:
             raise AssertionError("a load that must find something found nothing")
@@ -211,13 +210,18 @@ class Loading:
         if info.world_size != world_size:
             more = f"; ranks {info.world_size} and up keep their own seeds" if world_size > info.world_size else ""
             self._voice.say(
-                f"saved by {info.world_size} ranks, resumed by {world_size}: random state and loader positions are "
-                f"per rank, so the order of samples changes{more}",
+                f"saved by {counted(info.world_size, 'rank')}, resumed by {world_size}: random state and loader "
+                f"positions are per rank, so the order of samples changes{more}",
                 logging.WARNING,
             )
-        untouched = sorted(set(own.get("names", [])) - set(tracked.names))
+        untouched = sorted(set(own.get("names", [])) - set(tracked.names) - set(values) - set(files))
         if untouched:
             self._voice.say(f"in the checkpoint but not tracked now: {', '.join(untouched)}", logging.WARNING)
+
+    def _start_over(self) -> ResumePoint:
+        self._store.start_over()
+        self._voice.say("starting over in a new timeline; earlier checkpoints stay until it has its own")
+        return self._new()
 
     def _new(self) -> ResumePoint:
         self._progress.started_from(0, None, 0)

@@ -18,6 +18,7 @@ from ckptstore.manager.live import Live
 from ckptstore.manager.loading import Loading
 from ckptstore.manager.options import check_signals, default_policy, open_store, remote_retention
 from ckptstore.manager.parts import Parts
+from ckptstore.manager.plainly import plainly
 from ckptstore.manager.resume import ResumePoint
 from ckptstore.manager.saving import Occasion, OnFailure, Saver
 from ckptstore.manager.scalars import Scalars, SummaryWriter
@@ -171,6 +172,7 @@ class CheckpointManager:
 
     # -- finding the way back -------------------------------------------------------------------------------------
 
+    @plainly
     def resume(self, step: StepLike | None = None) -> ResumePoint:
         """Fill what is tracked from the checkpoint that ``resume=`` asks for, random state included. Collective.
 
@@ -189,6 +191,7 @@ class CheckpointManager:
         self._adopt(point)
         return point
 
+    @plainly
     def has_checkpoints(self) -> bool:
         """Whether the run has checkpoints in any tier, damaged ones included. Collective.
 
@@ -197,6 +200,7 @@ class CheckpointManager:
         """
         return self._loading.exists()
 
+    @plainly
     def load_checkpoint(
         self,
         model: Any = None,
@@ -266,7 +270,7 @@ class CheckpointManager:
             SaveFailedError: as ``on_save_failure`` says.
         """
         with self._children:
-            self._progress.advance(step, epoch)
+            self._progress.advance(step, epoch, metrics)
             self._guard.mark()
             agenda = self._agenda or self._begin()
             block = self._block
@@ -284,7 +288,7 @@ class CheckpointManager:
             return handle
 
     def epoch_end(self, epoch: int, *, metrics: Mapping[str, Any] | None = None) -> SaveHandle | None:
-        """Tell that an epoch is complete; saves if that is due. Collective."""
+        """Tell that an epoch is complete; saves if due, with ``metrics`` or else the last step's. Collective."""
         progress = self._progress
         step = progress.step or 0
         progress.epoch = epoch
@@ -293,7 +297,8 @@ class CheckpointManager:
         if reason is None or progress.is_saved(step):
             return None
         with self._children:
-            return self._save(Occasion(step, epoch, metrics, is_epoch_end=True, reason=reason))
+            told = metrics if metrics is not None else progress.metrics
+            return self._save(Occasion(step, epoch, told, is_epoch_end=True, reason=reason))
 
     def save_checkpoint(
         self,
@@ -316,6 +321,7 @@ class CheckpointManager:
 
         Args:
             global_step: Optimizer steps done; None: the last step that was told, else the epoch.
+            metrics: As for :meth:`step`; None: what was told with that step.
             loss_history: Any list of yours; comes back as ``point.history``.
             is_best: Marks the checkpoint for ``load_checkpoint(best=True)`` and ``keep_best``.
             is_emergency: Marks it as made because the job is ending.
@@ -346,8 +352,9 @@ class CheckpointManager:
         tags = (BEST,) if is_best else ()
         with self._children:
             self._guard.mark()
+            told = metrics if metrics is not None else progress.metrics
             handle = self._save(
-                Occasion(step, progress.epoch, metrics, tags, is_emergency, is_epoch_end=is_end, reason="asked for")
+                Occasion(step, progress.epoch, told, tags, is_emergency, is_epoch_end=is_end, reason="asked for")
             )
             self._scalars.flush()
             return handle

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckptstore.errors import CkptError
 from ckptstore.policy.save import Moment
 from ckptstore.store import SaveHandle
 
@@ -25,6 +26,8 @@ class Progress:
         handle: the last save.
         saves: how many this job has made.
         failures: failed saves in a row.
+        failure: why the last save could not be taken; None if it was.
+        metrics: of the last completed step, as they were told.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -36,16 +39,18 @@ class Progress:
     handle: SaveHandle | None = None
     saves: int = 0
     failures: int = 0
+    failure: CkptError | None = None
+    metrics: Mapping[str, Any] | None = None
     is_end_saved: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.saved_at = self.clock()
 
-    def advance(self, step: int, epoch: int | None) -> None:
+    def advance(self, step: int, epoch: int | None, metrics: Mapping[str, Any] | None = None) -> None:
         """A step of the loop is complete."""
         self.previous_step = self.step
-        self.step = step
+        self.step, self.metrics = step, metrics
         if epoch is not None:
             self.epoch = epoch
         if self.last_step is None:
@@ -55,15 +60,20 @@ class Progress:
         """The state is that of a checkpoint, or new."""
         self.step = self.last_step = step
         self.previous_step, self.epoch, self.epochs_since_save = None, epoch, epochs_since_save
-        self.handle = None
+        self.handle = self.failure = self.metrics = None
         self.saved_at = self.clock()
 
     def saved(self, handle: SaveHandle, *, is_epoch_end: bool) -> None:
         """A save was taken."""
         self.handle, self.last_step, self.saves = handle, handle.step, self.saves + 1
-        self.saved_at = self.clock()
+        self.saved_at, self.failure = self.clock(), None
         if is_epoch_end:
             self.epochs_since_save = 0
+
+    def missed(self, error: CkptError, step: int) -> None:
+        """A save could not be taken; the next one is due as if it had been."""
+        self.last_step, self.saved_at, self.failure = step, self.clock(), error
+        self.failures += 1
 
     def is_saved(self, step: int) -> bool:
         """Whether this step was saved, and not in vain."""

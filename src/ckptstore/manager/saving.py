@@ -87,8 +87,8 @@ class Saver:
                 emergency=occasion.is_emergency,
             )
         except _RECOVERABLE as error:
-            self._progress.last_step, self._progress.saved_at = occasion.step, self._progress.clock()
-            self._count_failure(error)
+            self._progress.missed(error, occasion.step)
+            self._voice.say(f"save failed: {error}", logging.ERROR)
             if not occasion.is_emergency:
                 self._react(error)
             return None
@@ -152,7 +152,8 @@ class Saver:
             agreement.raise_together(error, what="preparing the save")
         if "exhausted" in outcome.raised and not occasion.is_emergency:
             self._progress.failures = 0
-            last = self._progress.handle.failure() if self._progress.handle is not None else None
+            handle = self._progress.handle
+            last = self._progress.failure or (handle.failure() if handle is not None else None)
             raise SaveFailedError(
                 f"{self._max_failures} saves in a row have failed; the last: {last.message if last else 'see above'}",
                 hint="earlier checkpoints are untouched; make room or fix the disk, then start again",
@@ -234,10 +235,6 @@ class Saver:
             self._voice.note_failure(str(error))
         elif error is None:
             self._progress.failures = 0
-
-    def _count_failure(self, error: CkptError) -> None:
-        self._progress.failures += 1
-        self._voice.say(f"save failed: {error}", logging.ERROR)
 
     def _react(self, error: CkptError) -> None:
         if self._on_failure == "stop":

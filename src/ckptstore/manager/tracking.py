@@ -121,7 +121,7 @@ def sort(name: str, value: Any) -> tuple[str, Any]:
         )
     if isinstance(value, _IMMUTABLE):
         raise StateError(
-            f"{name!r} is a {type(value).__name__}, whose later values the manager would not see",
+            f"{name!r} is an immutable {type(value).__name__}, whose later values the manager would not see",
             hint=f"pass a callable: track({name}=lambda: {name})",
             key=name,
         )

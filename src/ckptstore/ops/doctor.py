@@ -20,6 +20,7 @@ from ckptstore.blob.base import BlobStore
 from ckptstore.clock import SYSTEM_CLOCK
 from ckptstore.errors import CheckpointExistsError, CkptError
 from ckptstore.ops.open import Place
+from ckptstore.ops.words import human_bytes
 
 LOW_SPACE_BYTES = 2 << 30
 SKEW_SECONDS = 60.0
@@ -104,8 +105,8 @@ def _local(root: Path) -> Iterator[Check]:
     def space() -> str:
         free = psutil.disk_usage(str(folder)).free
         if free < LOW_SPACE_BYTES:
-            raise OSError(28, f"only {free / 2**30:.1f} GiB are free")
-        return f"{free / 2**30:.1f} GiB free"
+            raise OSError(28, f"only {human_bytes(free)} are free")
+        return f"{human_bytes(free)} free"
 
     commit = _tried("local: commit", write, f"make {folder} writable for this user, on a file system that can fsync")
     yield commit

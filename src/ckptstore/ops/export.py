@@ -281,6 +281,7 @@ def published(path: Path, *, is_directory: bool) -> Iterator[Path]:
             scratch.mkdir()
         try:
             yield scratch
+            _open_up(scratch)
             if is_directory:
                 durable.fsync_dir(scratch)
             _refuse_existing(path)
@@ -296,6 +297,15 @@ def published(path: Path, *, is_directory: bool) -> Iterator[Path]:
         if isinstance(error, CkptError):
             raise
         raise_for_errno(error, f"can't write {path}")
+
+
+def _open_up(written: Path) -> None:
+    """Whoever may read what this user makes may read an export; only the store's own files are private."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in [written, *written.rglob("*")]:
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _refuse_existing(path: Path) -> None:

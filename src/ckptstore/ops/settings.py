@@ -12,10 +12,11 @@ A name nobody knows is an error, never passed over. Secrets have no place in any
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,14 @@ class Settings:
             ConfigError: a value is of the wrong type, or values contradict each other.
         """
         said = {name: getattr(given, name) for name in given.model_fields_set} if given is not None else {}
-        return StoreConfig(**{**{name: s.value for name, s in self._table("config").items()}, **said})
+        found = self._table("config")
+        try:
+            return StoreConfig(**{**{name: s.value for name, s in found.items()}, **said})
+        except ConfigError as error:
+            name = str(error.context.get("key"))
+            if name not in found or name in said:
+                raise
+            raise ConfigError(f"{found[name].origin}: {error.message}", hint=error.hint, key=name) from None
 
     def prices(self) -> dict[str, float]:
         """US dollars by kind of use."""
@@ -138,7 +146,8 @@ def _load(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        read: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return read
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}", hint="check CKPTSTORE_FILE") from None
     except ValueError as error:
@@ -153,7 +162,7 @@ def _flat(document: Mapping[str, Any], what: str) -> dict[str, Any]:
         elif name in PLACES and isinstance(value, str):
             flat[name] = value
         else:
-            raise ConfigError(f"{what}: {name!r} is not a setting", hint=f"known: {', '.join((*PLACES, *TABLES))}")
+            raise _unknown(what, name, name, (*PLACES, *TABLES))
     return flat
 
 
@@ -161,7 +170,13 @@ def _check(setting: Setting) -> None:
     table, _, name = setting.name.partition(".")
     known = {"config": StoreConfig.model_fields, "prices": PRICES}.get(table)
     if known is not None and name not in known:
-        raise ConfigError(f"{setting.origin}: {setting.name!r} is not a setting", hint=f"known: {', '.join(known)}")
+        raise _unknown(setting.origin, setting.name, name, known)
     is_number = isinstance(setting.value, (int, float)) and not isinstance(setting.value, bool)
     if table == "prices" and not (is_number and setting.value >= 0):
         raise ConfigError(f"{setting.origin}: {setting.name} must be a number of dollars, not {setting.value!r}")
+
+
+def _unknown(origin: str, name: str, word: str, known: Collection[str]) -> ConfigError:
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return ConfigError(f"{origin}: {name!r} is not a setting", hint=f"{hint}known: {', '.join(known)}")

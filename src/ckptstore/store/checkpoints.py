@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,13 @@ class RunCheckpoints:
             TransientError: a remote can't be reached; nothing was deleted.
         """
         self._tiers.change(step, "delete")
+
+    @property
+    def push_command(self) -> str:
+        """What to type where this store lies, to finish its uploads; of several remotes one is to be named."""
+        urls = list(self.remotes.values())
+        place = ["--remote", urls[0] if len(urls) == 1 else "URL"]
+        return shlex.join(["ckptctl", "push", str(self.local), *place, "--run", self.run])
 
     def catalog(self) -> Catalog:
         """Every save of the run in all tiers, damaged and superseded ones included. Local; needs no torch.

@@ -211,10 +211,9 @@ class CheckpointStore(RunCheckpoints):
             if session is not None:
                 self.wait(timeout_s=timeout_s)
         except SaveTimeoutError as error:
-            where = f"ckptctl push {self.local}"
             raise SaveTimeoutError(
                 f"uploads were not finished: {error.message}",
-                hint=f"the agent goes on; to finish later run `{where}`",
+                hint="the agent goes on" + (f"; to finish later run `{self.push_command}`" if self.remotes else ""),
                 run=self.run,
             ) from None
         finally:

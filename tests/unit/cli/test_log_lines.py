@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from ckptstore.blob.retry import Retrier
 from ckptstore.cli.app import main
-from ckptstore.errors import NoSpaceError
+from ckptstore.clock import ManualClock
+from ckptstore.errors import NoSpaceError, TransientError
 from ckptstore.logs import JsonFormatter
 from ckptstore.repo.local import LocalTier
 from ckptstore.testing.local_saves import write_save
@@ -55,6 +57,26 @@ def test_an_unknown_format_is_said(
     with pytest.raises(SystemExit, match="2"):
         main(["-s", str(root), "list"])
     assert "CKPTSTORE_LOG_FORMAT='xml' is no format" in capsys.readouterr().err
+
+
+def test_somebody_at_a_terminal_is_told_once_why_nothing_happens(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CKPTSTORE_LOG_FORMAT")
+    answers = iter([TransientError("bucket b can't be reached"), TransientError("bucket b can't be reached"), None])
+
+    def request() -> None:
+        if (error := next(answers)) is not None:
+            raise error
+
+    retries = logging.getLogger("ckptstore.blob.retry")
+    monkeypatch.setattr(retries, "handlers", [])
+    monkeypatch.setattr(retries, "level", retries.level)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with pytest.raises(SystemExit, match="0"):
+        main(["-s", str(root), "list"])
+    Retrier(clock=ManualClock())("get", request)
+    assert capsys.readouterr().err == "bucket b can't be reached; trying again (-v tells each try)\n"
 
 
 def test_a_line_has_what_the_record_says_of_itself() -> None:

@@ -118,6 +118,7 @@ def test_histories_are_found_in_any_nesting() -> None:
         "own": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0, "epoch": 1}, {"step": 30, "loss": 0.5}],
         "pairs": [(1, 0.5), (2, 0.25)],
         "names": ["a", "b"],
+        "optimizer": {"param_groups": [{"betas": (0.9, 0.999)}]},
     }
     found = {h["name"]: h for h in curves.histories(tree.encode(state))}
     assert found["trainer.loss_history"]["y"] == [3.0, 2.0, "inf"]
@@ -227,6 +228,16 @@ def test_the_live_curve_leaves_out_what_no_float_holds(tmp_path: Path) -> None:
     found = marks.live(view(record(1)), Journals(tier))
     encoded(found)
     assert (found["step"], found["metrics"]) == ([1, 2], {"acc": [0.5, 0.7]})
+
+
+def test_the_pace_counts_no_time_between_two_jobs(tmp_path: Path) -> None:
+    tier = LocalTier(tmp_path)
+    tier.create()
+    tier.make_run("bert")
+    for second, step, more in ((0, 1, {"begins": True}), (1, 3, {}), (30, 4, {"begins": True}), (31, 6, {})):
+        point = {"time": f"2026-01-01T00:00:{second:02}Z", "step": step, "metrics": {}, **more}
+        journal.append(tier, "bert", "live", [point])
+    assert marks.live(view(record(1)), Journals(tier))[marks.PACE] == [None, 2.0, None, 2.0]
 
 
 def test_a_bill_says_what_went_wrong_and_is_not_counted_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

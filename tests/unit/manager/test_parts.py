@@ -132,6 +132,22 @@ def test_the_run_is_named_after_the_model_when_nothing_else_is_said(tmp_path: Pa
     assert run_name("r", "m", said) == "r"
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('remot = "x"', "'remot' is not a setting (did you mean 'remote'? known: local, "),
+        ("[config]\ndeadline = 3", "'config.deadline' is not a setting (did you mean 'deadline_s'? known: "),
+        ('[config]\ndeadline_s = "soon"', "StoreConfig: deadline_s: Input should be a valid number"),
+        ("[config]\nnothing_like_it = 1", "'config.nothing_like_it' is not a setting (known: "),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_with_the_file(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "ckptstore.toml").write_text(text)
+    with pytest.raises(ConfigError) as found:
+        Settings.read({}, tmp_path).config()
+    assert f"{tmp_path / 'ckptstore.toml'}: {said}" in str(found.value)
+
+
 def test_arguments_count_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
     (tmp_path / "ckptstore.toml").write_text(
         """
