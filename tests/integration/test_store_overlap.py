@@ -12,6 +12,7 @@ from torch import nn
 
 from ckptstore import CheckpointStore, StoreConfig, errors
 from ckptstore.dcp.stage import Stage
+from ckptstore.store.fence import Fence
 
 OVERLAP = StoreConfig(overlap=True, agent_idle_exit_seconds=2)
 
@@ -57,10 +58,10 @@ def test_the_next_step_waits_until_a_slow_copy_is_done(tmp_path: Path, monkeypat
         store.save({"model": model, "optimizer": optimizer}, 1).wait("local")
         release, real = threading.Event(), Stage.copy
 
-        def slow(self: Stage, binding: Any, image: Any, threads: int, kinds: Any, *others: Any) -> int:
-            if kinds is not None and "param" in kinds:
+        def slow(self: Stage, binding: Any, image: Any, threads: int, only: Any, *others: Any) -> int:
+            if only is not None and "param" in {binding.tensors[i].kind for i in only}:
                 assert release.wait(30)
-            return real(self, binding, image, threads, kinds, *others)
+            return real(self, binding, image, threads, only, *others)
 
         monkeypatch.setattr(Stage, "copy", slow)
         before = values(model, optimizer)
@@ -79,6 +80,32 @@ def test_the_next_step_waits_until_a_slow_copy_is_done(tmp_path: Path, monkeypat
         other, other_optimizer = training()
         store.load({"model": other, "optimizer": other_optimizer}, 2)
         assert all(torch.equal(a, b) for a, b in zip(values(other, other_optimizer), before, strict=True))
+
+
+def test_what_no_guarded_optimizer_steps_is_copied_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = training()
+    other, other_optimizer = training()
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    extra = nn.Linear(3, 3)
+    state = {"model": model, "optimizer": optimizer, "ema": ema, "extra": extra, "other": [other, other_optimizer]}
+    with CheckpointStore(tmp_path / "store", config=OVERLAP) as store:
+        store.guard(optimizer)
+        one_step(model, optimizer)
+        one_step(other, other_optimizer)
+        expected = values(ema, other_optimizer) + values(extra, optimizer) + values(other, optimizer)
+        release, real = threading.Event(), Fence.run
+        monkeypatch.setattr(Fence, "run", lambda self, copy: real(self, lambda: release.wait(30) and copy()))
+        handle = store.save(state, 1)
+        assert not handle.staged.done(), "what the guarded optimizer steps should be copied in the background"
+        one_step(other, other_optimizer)
+        with torch.no_grad():
+            for parameter in (*ema.parameters(), *extra.parameters()):
+                parameter.zero_()
+        release.set()
+        handle.wait("local", 30)
+        store.load(state, 1)
+        found = values(ema, other_optimizer) + values(extra, optimizer) + values(other, optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_nothing_is_copied_in_the_background_when_no_optimizer_is_guarded(tmp_path: Path) -> None:

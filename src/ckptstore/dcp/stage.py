@@ -20,7 +20,6 @@ from ckptstore.dcp.boxes import copyable
 from ckptstore.dcp.device_copy import Streams, copy_from_devices, streams_of
 from ckptstore.dcp.planner import Plan
 from ckptstore.dcp.portions import PORTION_BYTES, Copy, cut, grouped, run
-from ckptstore.dcp.walk import Kind
 
 #: Below this a second thread costs more than it saves.
 _BYTES_PER_THREAD = 8 << 20
@@ -56,7 +55,7 @@ class Stage:
         binding: Binding,
         image: Any,
         threads: int = 1,
-        kinds: Collection[Kind] | None = None,
+        only: Collection[int] | None = None,
         streams: Streams | None = None,
         pages: Pages | None = None,
     ) -> int:
@@ -66,7 +65,7 @@ class Stage:
             binding: of the structure the plan was made for.
             image: a writable buffer, the image of the shard file.
             threads: upper bound; small totals are copied by the caller alone.
-            kinds: copy only tensors of these kinds; None: all.
+            only: which tensors of the binding to copy now, by their places in it; None: all.
             streams: as :func:`streams_of` gave them where training runs; needed by another thread, which has its own.
             pages: of the image: a long copy first brings those that are not there, many at once.
 
@@ -76,12 +75,12 @@ class Stage:
         locals_ = binding.locals
         targets, indexes = self._views(binding, image)
         total = self._total
-        if kinds is not None:
-            chosen = [(t, i) for t, i in zip(targets, indexes, strict=True) if binding.tensors[i].kind in kinds]
+        if only is not None:
+            chosen = [(t, i) for t, i in zip(targets, indexes, strict=True) if i in only]
             targets, indexes = [t for t, _ in chosen], [i for _, i in chosen]
             total = sum(target.nbytes for target in targets)
         sources = [copyable(locals_[i]) for i in indexes]
-        if kinds is not None:
+        if only is not None:
             # Training may go on meanwhile: who gives a parameter other memory must not take ours away.
             sources = [source.detach() for source in sources]
         threads = min(threads, max(1, total // _BYTES_PER_THREAD))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -13,14 +13,17 @@ from typing import Any, Protocol
 class Steps(Protocol):
     """What the fence uses of an optimizer."""
 
+    param_groups: list[dict[str, Any]]
+    state: Mapping[Any, Any]
+
     def register_step_pre_hook(self, hook: Callable[..., None]) -> Any: ...
 
 
 class Fence:
     """The copy that is under way, if any, and the optimizers that wait for it.
 
-    Only with a guarded optimizer is anything copied in the background: without one, nobody would hold the next step,
-    and the snapshot would mix two of them.
+    Only what a guarded optimizer steps or keeps is copied in the background: everything else (a buffer, an EMA copy,
+    the model of an optimizer that isn't guarded) may change before any step that waits, and the snapshot would mix two.
     """
 
     def __init__(self) -> None:
@@ -35,6 +38,13 @@ class Fence:
     def is_on(self) -> bool:
         """Whether copies may go on in the background."""
         return self.is_wanted and len(self._guarded) > 0
+
+    def held(self, tensors: Sequence[Any]) -> frozenset[int]:
+        """Places of those that only steps of guarded optimizers change, so that they may be copied meanwhile."""
+        if not self.is_on:
+            return frozenset()
+        stepped = {id(_memory(tensor)) for optimizer in self._guarded for tensor in _stepped(optimizer)}
+        return frozenset(i for i, tensor in enumerate(tensors) if id(tensor) in stepped)
 
     def guard(self, optimizer: Steps) -> None:
         """From now on each step of this optimizer first waits for the copy. Once per optimizer."""
@@ -61,3 +71,17 @@ class Fence:
             if self._pool is not None:
                 self._pool.shutdown()
                 self._pool = None
+
+
+def _stepped(optimizer: Steps) -> Iterator[Any]:
+    """What its step changes, and maybe more."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for entry in optimizer.state.values():
+        if isinstance(entry, dict):
+            yield from entry.values()
+
+
+def _memory(tensor: Any) -> Any:
+    """The local part of a DTensor, any other as it is."""
+    return getattr(tensor, "_local_tensor", tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from ckptstore.config import StoreConfig
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.device_copy import streams_of
 from ckptstore.dcp.prepare import Prepared, Preparer
-from ckptstore.dcp.walk import Kind
 from ckptstore.errors import (
     CkptError,
     ConfigError,
@@ -35,8 +34,6 @@ from ckptstore.types import CheckpointInfo
 
 log = logging.getLogger("ckptstore")
 
-_CHANGING: frozenset[Kind] = frozenset({"buffer", "plain", "per_rank"})
-_FENCED: frozenset[Kind] = frozenset({"param", "optim"})
 #: What ranks that only prepare agree on.
 NOT_A_STEP = -1
 #: However many cores a host has, a save takes no more of them.
@@ -213,11 +210,11 @@ class Session:
         if binding.slow_path is not None:
             spans["slow_path"] = binding.slow_path
 
-        def copy(kinds: frozenset[Kind] | None, *, is_last: bool) -> bool:
+        def copy(only: Collection[int] | None, *, is_last: bool) -> bool:
             """Whether all is well so far."""
             try:
                 with _timed(spans, "copy"):
-                    stage.copy(binding, image, threads, kinds, streams, pages)
+                    stage.copy(binding, image, threads, only, streams, pages)
                 if is_last:
                     self.link.client.seal(generation, replace(request, spans=spans))
             except BaseException as error:
@@ -233,12 +230,13 @@ class Session:
 
         streams = streams_of(binding)
         threads = _copy_threads(len(self.link.topology.local_ranks), beside_training=self.fence.is_on)
-        if not self.fence.is_on:
+        held = self.fence.held(binding.locals)
+        if not held:
             copy(None, is_last=True)
-        elif copy(_CHANGING, is_last=False):
-            # What forward and backward change, or the user at any time, is copied by now; what only optimizer.step
-            # changes is copied meanwhile, and the fence holds the next step until that is done.
-            self.fence.run(lambda: copy(_FENCED, is_last=True))
+        elif copy(frozenset(range(len(binding.locals))) - held, is_last=False):
+            # What may change at any time is copied by now; what only optimizer.step changes is copied meanwhile, and
+            # the fence holds the next step until that is done.
+            self.fence.run(lambda: copy(held, is_last=True))
         return handle
 
     def _info(self, call: _Call, *, skipped: bool = False) -> CheckpointInfo:

@@ -227,9 +227,9 @@ class CheckpointStore(RunCheckpoints):
     def guard(self, optimizer: Optimizer) -> None:
         """With ``StoreConfig(overlap=True)``: let each step of this optimizer wait until the last save's copy is done.
 
-        Local. Guard every optimizer of the state before the first save; without one, saves are copied before ``save``
-        returns. Parameters and optimizer state must only be changed by guarded optimizers between a save and the
-        next step; buffers and plain tensors are always copied at once.
+        Local, and once per optimizer, before the first save. What guarded optimizers step and keep must only be changed
+        by their steps between a save and the next step. Everything else (buffers, plain tensors, frozen parameters, an
+        EMA copy, what an optimizer that isn't guarded steps) is copied before ``save`` returns.
 
         Raises:
             ConfigError: ``overlap`` is off.

@@ -81,9 +81,10 @@ def test_a_long_copy_brings_the_pages_that_are_not_there() -> None:
     places = layout(made.pieces)
     memory = mmap.mmap(-1, places.image_bytes)
     stage, pages = Stage(made, places.starts), Pages(memory)
-    stage.copy(binding, memory, kinds={"plain"}, pages=pages)
+    params, plain = ({i for i, t in enumerate(binding.tensors) if t.kind == kind} for kind in ("param", "plain"))
+    stage.copy(binding, memory, only=plain, pages=pages)
     assert not pages.are_there, "few bytes bring their own"
-    stage.copy(binding, memory, 2, kinds={"param"}, pages=pages)
+    stage.copy(binding, memory, 2, only=params, pages=pages)
     assert pages.are_there
     start = places.starts[made.indexes.index(next(i for i, t in enumerate(binding.tensors) if t.kind == "param"))]
     assert torch.frombuffer(memory, dtype=torch.float32, offset=start, count=5_000_000).sum().item() == 5_000_000
@@ -141,7 +142,7 @@ def test_memory_that_a_parameter_gives_up_during_an_overlapping_copy_is_still_th
     monkeypatch.setattr(stage_module, "_copy_blocks", copy)
     if (child := os.fork()) == 0:  # which may crash
         torch.set_num_threads(1)
-        Stage(made, places.starts).copy(binding, image, 1, {"param"})
+        Stage(made, places.starts).copy(binding, image, 1, set(made.indexes))
         start = places.starts[[p.fqn for p in made.pieces].index("m.weight")]
         copied = torch.frombuffer(image, dtype=torch.float32, offset=start, count=10_000_000)
         os._exit(0 if bool((copied == 7.0).all()) else 1)
