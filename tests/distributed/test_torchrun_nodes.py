@@ -136,6 +136,7 @@ def test_save_that_one_node_of_two_had_committed_is_resumed_by_three_under_torch
     assert commits == {"a": 1, "b": 0}
     more = cluster.torchrun("a", "b", "c", ranks_per_node=1)
     assert only(more, "step") == 2
+    assert list(cluster.root("b").glob("*/step-0000000002-*/manifest.json")), "it is complete there too now"
     assert only(more, "found") == only(torn, "left"), "not a bit differs"
     assert [rank["num_nodes"] for rank in more] == [3] * 3
     assert "peer" in more[2]["sources"], "the new node has no part of it"

@@ -199,6 +199,24 @@ def test_damaged_manifest_is_passed_over_and_reported_when_an_older_one_is_good(
             store.load(target)
 
 
+def test_no_room_at_the_first_save_stops_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine, refusals = AgentClient.connect, [errors.NoSpaceError("no room"), errors.TransientError("not now")]
+
+    def connect(*arguments: Any, **options: Any) -> AgentClient:
+        if refusals:
+            raise refusals.pop(0)
+        return genuine(*arguments, **options)
+
+    monkeypatch.setattr(AgentClient, "connect", connect)
+    store = CheckpointStore(tmp_path / "store", config=QUICK)
+    for step, said in ((1, "no room"), (2, "not now")):
+        assert said in str(store.save(state(step), step).failure())
+    store.save(state(3), 3, wait="local")
+    assert [info.step for info in store.checkpoints()] == [3]
+    with pytest.raises(errors.SaveFailedError, match="no room"):
+        store.close()
+
+
 def test_failed_save_is_raised_by_the_next_when_configured(tmp_path: Path) -> None:
     config = StoreConfig(on_failure="raise", agent_idle_exit_seconds=2)
     store = CheckpointStore(tmp_path / "store", config=config)

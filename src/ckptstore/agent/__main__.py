@@ -48,6 +48,7 @@ def _serve(args: argparse.Namespace) -> int:
     from ckptstore.agent.protocol import error_to_wire
     from ckptstore.agent.runtime import MAX_LOG_BYTES, RuntimeDir, try_lock
     from ckptstore.agent.server import AgentServer
+    from ckptstore.errors import CkptError
     from ckptstore.logs import JsonFormatter, wants_json
 
     logging.Formatter.converter = time.gmtime
@@ -90,7 +91,8 @@ def _serve(args: argparse.Namespace) -> int:
         )
         server.start()
     except Exception as error:
-        log.exception("the agent of %s could not start", args.root)
+        is_foreseen = isinstance(error, CkptError)
+        log.error("the agent of %s could not start: %s", args.root, error, exc_info=not is_foreseen)
         _report(args.ready_fd, {"error": error_to_wire(error)})
         return 1
     _report(args.ready_fd, {"elected": True})

@@ -7,8 +7,11 @@ dead from the start and owns nothing.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import socket
+import struct
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -41,6 +44,7 @@ ANSWER_TIMEOUT_S = 30.0
 DISK_TIMEOUT_S = 120.0
 #: For what nobody's work depends on.
 TELL_TIMEOUT_S = 2.0
+BYE_TIMEOUT_S = 5.0
 #: Added to waits that the agent bounds itself.
 SLACK_S = 15.0
 
@@ -99,21 +103,16 @@ class AgentClient:
         """
         deadline = time.monotonic() + config.agent_start_timeout_s
         while True:
-            client = cls._open(root, on_event)
+            client, left = cls._open(root, on_event, deadline=deadline), deadline - time.monotonic()
             if client is None:
-                left = deadline - time.monotonic()
                 if left <= 0:
                     raise TransientError(
                         f"no agent of {root} within {config.agent_start_timeout_s} s",
                         hint="`ckptctl agent logs` says why; StoreConfig(agent_start_timeout_s=...) waits longer",
                     )
-                start_agent(
-                    root,
-                    RuntimeDir.of(root),
-                    idle_exit_seconds=config.agent_idle_exit_seconds,
-                    timeout_s=left,
-                )
-                client = cls._open(root, on_event)
+                idle_exit_seconds = config.agent_idle_exit_seconds
+                start_agent(root, RuntimeDir.of(root), idle_exit_seconds=idle_exit_seconds, timeout_s=left)
+                client = cls._open(root, on_event, deadline=deadline)
             if client is None:
                 # Started by somebody else and not listening yet, or just leaving: its lock goes last.
                 time.sleep(0.05)
@@ -151,13 +150,15 @@ class AgentClient:
         return cls._open(root, on_event, make_room=False)
 
     @classmethod
-    def _open(cls, root: Path, on_event: EventCallback, *, make_room: bool = True) -> AgentClient | None:
+    def _open(
+        cls, root: Path, on_event: EventCallback, *, make_room: bool = True, deadline: float = math.inf
+    ) -> AgentClient | None:
         for directory in RuntimeDir.all_of(root):
             sock = dial(directory.socket)
             if sock is None:
                 continue
             channel = Channel(sock, accept_fds=True)
-            sock.settimeout(ANSWER_TIMEOUT_S)
+            sock.settimeout(max(1.0, min(ANSWER_TIMEOUT_S, deadline - time.monotonic())))
             try:
                 hello = greet(channel, make_room=make_room)
             except (OSError, LockedError) as error:
@@ -172,6 +173,8 @@ class AgentClient:
                 channel.close()
                 continue
             sock.settimeout(None)
+            # Of writes alone: an agent that hangs reads nothing, and a seal may be larger than what the socket holds.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(ANSWER_TIMEOUT_S), 0))
             return cls(channel, on_event, hello)
         return None
 
@@ -222,7 +225,8 @@ class AgentClient:
         Raises:
             LockedError: another process or store has taken over this slot.
         """
-        answer, _ = self._ask({"op": "reserve", "timeout_s": timeout_s, "save_id": save_id}, timeout_s + SLACK_S)
+        request = {"op": "reserve", "timeout_s": timeout_s, "save_id": save_id}
+        answer, _ = self._ask_at_once(request, timeout_s + SLACK_S)
         index: int | None = answer["generation"]
         self._is_filling = index is not None
         return index
@@ -283,9 +287,9 @@ class AgentClient:
         """Have what the local copy of a save lacks brought from the remotes, in the background."""
         self._call("mend", save_id=save_id)
 
-    def announce(self, save_id: str, level: str) -> None:
-        """Tell every rank of this node, ourselves too, that a save has this level on all nodes."""
-        self._call("announce", save_id=save_id, level=level)
+    def announce(self, save_id: str, level: str, failure: str | None = None) -> None:
+        """Tell every rank of this node, ourselves too, that a save has this level on all nodes, or why it has not."""
+        self._call("announce", save_id=save_id, level=level, failure=failure)
 
     def complete(self, save_id: str, root: bytes) -> None:
         """Make this node's prepared part complete: all nodes are prepared, and ``root`` is the root manifest.
@@ -365,8 +369,8 @@ class AgentClient:
             return
         self._conversation.is_closing = True
         if not self.is_lost:
-            with suppress(CkptError):
-                self._call("bye")
+            with suppress(CkptError):  # it is heard all the same, if late
+                self._ask({"op": "bye"}, BYE_TIMEOUT_S)
         self._abandon()
 
     def _abandon(self) -> None:
@@ -376,7 +380,16 @@ class AgentClient:
     # ------------------------------------------------------------------ inside
 
     def _call(self, op: str, **arguments: Any) -> Json:
-        return self._ask({"op": op, **arguments}, ANSWER_TIMEOUT_S)[0]
+        return self._ask_at_once({"op": op, **arguments}, ANSWER_TIMEOUT_S)[0]
+
+    def _ask_at_once(self, request: Json, timeout_s: float) -> Answer:
+        """Ask what needs no disk. Where even that isn't answered the agent hangs, and nothing more is asked of it."""
+        try:
+            return self._ask(request, timeout_s)
+        except TransientError as error:
+            if error.context.get("reason") == "timeout":
+                self._conversation.break_off()
+            raise
 
     def _ask(self, request: Json, timeout_s: float) -> Answer:
         return self._conversation.ask(request, timeout_s)

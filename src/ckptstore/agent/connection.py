@@ -35,7 +35,7 @@ from ckptstore.agent.protocol import (
 )
 from ckptstore.agent.slots import Attachment
 from ckptstore.config import StoreConfig
-from ckptstore.errors import CkptError, ConfigError, LockedError
+from ckptstore.errors import CkptError, ConfigError, LockedError, SaveFailedError
 from ckptstore.format.manifest import Json, check_run_name
 from ckptstore.repo import names
 
@@ -274,7 +274,11 @@ class Connection:
 
     def _op_announce(self, request: Json) -> Answer:
         jobs, _ = self._attached()
-        jobs.emit(Event("announced", request["save_id"], None, {"level": str(request["level"])}))
+        save_id, level, failure = request["save_id"], str(request["level"]), request.get("failure")
+        if failure is None:
+            jobs.emit(Event("announced", save_id, None, {"level": level}))
+        else:
+            jobs.emit(Event.failure(SaveFailedError(str(failure)), save_id=save_id, step=None, level=level))
         return {}, []
 
     def _op_complete(self, request: Json) -> Answer:

@@ -98,10 +98,13 @@ class Conversation:
         try:
             try:
                 self._channel.send({"id": number, **request})
-            except OSError as error:
-                if isinstance(error, CkptError):
-                    raise
-                raise _lost() from None
+            except CkptError:
+                raise
+            except BaseException as error:  # interrupted, perhaps: a part of it may be on its way, and no more will be
+                self.break_off()
+                if isinstance(error, OSError):
+                    raise _lost() from None
+                raise
             try:
                 received = inbox.get(timeout=timeout_s)
             except queue.Empty:
@@ -121,6 +124,10 @@ class Conversation:
     def join(self, timeout_s: float) -> None:
         """Wait for the other side to end it."""
         self._reader.join(timeout_s)
+
+    def break_off(self) -> None:
+        """Count the other side as lost, at once and for good."""
+        self._channel.shutdown()
 
     def hang_up(self) -> None:
         """End it, whatever is under way. Idempotent."""

@@ -247,22 +247,37 @@ def start_agent(root: Path, directory: RuntimeDir, *, idle_exit_seconds: float, 
         TransientError: not ready within ``timeout_s``.
         StorageError: it could not start; the message says why.
     """
-    directory.create()
+    from ckptstore.repo.durable import raise_for_errno
+
     deadline = time.monotonic() + timeout_s
+    for is_last in (False, True):
+        try:
+            # Once more if it was killed at its start, or somebody cleaned the temp folder up: both happen to pass.
+            if _start(root, directory, idle_exit_seconds, deadline):
+                return
+        except OSError as error:
+            if is_last or not isinstance(error, FileNotFoundError):
+                raise_for_errno(error, f"can't start the agent of {root}")
+    raise StorageError(f"the agent of {root} could not start", hint=f"see {directory.log}")
+
+
+def _start(root: Path, directory: RuntimeDir, idle_exit_seconds: float, deadline: float) -> bool:
+    """Whether one listens or is about to; False if it ended without a word."""
+    directory.create()
     while (lock := try_lock(directory.spawn_lock)) is None:
         if time.monotonic() > deadline:
-            raise TransientError(f"another process has been starting the agent of {root} for {timeout_s} s")
+            raise TransientError(f"another process has been starting the agent of {root} for too long")
         time.sleep(0.02)
     try:
         while not _is_vacant(directory):
             if (sock := dial(directory.socket)) is not None:
                 sock.close()
-                return
+                return True
             # It has stopped listening and not yet stopped writing, or is about to listen.
             if time.monotonic() > deadline:
                 raise TransientError(f"the agent of {root} neither listens nor leaves", hint=f"see {directory.log}")
             time.sleep(0.05)
-        _spawn(root, directory, idle_exit_seconds, deadline)
+        return _spawn(root, directory, idle_exit_seconds, deadline)
     finally:
         os.close(lock)
 
@@ -271,8 +286,8 @@ def prestart(root: Path, config: StoreConfig) -> None:
     """Begin to start the agent of ``root`` in the background; whoever connects waits for it, and hears what failed."""
 
     def start() -> None:
-        directory = RuntimeDir.of(root)
         with suppress(CkptError, OSError):
+            directory = RuntimeDir.of(root)
             if (sock := dial(directory.socket)) is not None:
                 sock.close()
                 return
@@ -293,7 +308,7 @@ def _is_vacant(directory: RuntimeDir) -> bool:
     return lock is not None
 
 
-def _spawn(root: Path, directory: RuntimeDir, idle_exit_seconds: float, deadline: float) -> None:
+def _spawn(root: Path, directory: RuntimeDir, idle_exit_seconds: float, deadline: float) -> bool:
     ready, ready_end = os.pipe()
     log = _open_log(directory.log)
     try:
@@ -321,8 +336,6 @@ def _spawn(root: Path, directory: RuntimeDir, idle_exit_seconds: float, deadline
         except subprocess.TimeoutExpired:
             starter.kill()
             starter.wait()
-    except OSError as error:
-        raise StorageError(f"can't start the node agent: {error}") from error
     finally:
         os.close(log)
         os.close(ready)
@@ -333,12 +346,13 @@ def _spawn(root: Path, directory: RuntimeDir, idle_exit_seconds: float, deadline
             f"the agent of {root} was not ready in time", hint=f"see {directory.log}; raise agent_start_timeout_s"
         )
     if not answer:
-        raise StorageError(f"the agent of {root} could not start", hint=f"see {directory.log}")
+        return False
     said = json.loads(answer)
     if "error" in said:
         from ckptstore.agent.protocol import error_from_wire
 
         raise error_from_wire(said["error"])
+    return True
 
 
 def _read_line(fd: int, deadline: float) -> bytes | None:

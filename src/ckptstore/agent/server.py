@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 from ckptstore._version import __version__
 from ckptstore.agent import service
 from ckptstore.agent.connection import Connection, peer_pid
+from ckptstore.agent.ear import Ear
 from ckptstore.agent.job import Watcher
 from ckptstore.agent.jobs import RunJobs
 from ckptstore.agent.memory import own_memory
 from ckptstore.agent.protocol import PROTOCOL
-from ckptstore.agent.runtime import RuntimeDir, listen
+from ckptstore.agent.runtime import RuntimeDir
 from ckptstore.clock import SYSTEM_CLOCK, Clock, new_nonce
 from ckptstore.config import StoreConfig
 from ckptstore.errors import CkptError, TransientError
@@ -100,7 +101,7 @@ class AgentServer:
         self._sweep_own()
         status = os.stat(self._root)
         self._root_identity = (status.st_dev, status.st_ino)
-        self._listener = listen(self._directory.socket)
+        self._ear = Ear(self._directory)
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
         log.info("agent %s of %s: pid %d, ckptstore %s", self.agent_id, self._root, os.getpid(), __version__)
 
@@ -139,6 +140,7 @@ class AgentServer:
             if not self._root_is_there():
                 self._is_leaving = True
                 return "the root is gone"
+            self._ear.mend()
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_SECONDS
             for run in runs:
@@ -187,9 +189,7 @@ class AgentServer:
             raise TransientError(f"{self._root} is not the directory this agent was started for", reason="leaving")
 
     def _leave(self) -> None:
-        with suppress(OSError):
-            self._directory.socket.unlink()
-        self._listener.close()
+        self._ear.close()
         uploaders = [uploader for run in self._all_runs() for uploader in run.remotes.uploaders.values()]
         for uploader in uploaders:
             uploader.stop()
@@ -227,11 +227,11 @@ class AgentServer:
     def _accept(self) -> None:
         while True:
             try:
-                sock, _ = self._listener.accept()
+                sock = self._ear.accept()
             except OSError:
                 if self._is_leaving:
                     return
-                time.sleep(0.1)  # out of descriptors, perhaps; a closed listener ends the process anyway
+                time.sleep(0.1)  # out of descriptors, perhaps, or to listen elsewhere
                 continue
             try:
                 pid = peer_pid(sock)

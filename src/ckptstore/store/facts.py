@@ -40,7 +40,7 @@ def check_arguments(step: object, epoch: object, tags: object) -> None:
     """
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= MAX_STEP:
         raise ConfigError(f"step must be an int of 0 to {MAX_STEP}, not {step!r}")
-    if epoch is not None and (not isinstance(epoch, Integral) or isinstance(epoch, bool)):
+    if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, Integral)):
         raise ConfigError(f"epoch must be an int, not {epoch!r}")
     if isinstance(tags, str) or not isinstance(tags, Collection) or not all(isinstance(tag, str) for tag in tags):
         raise ConfigError(f"tags must be a sequence of str, not {tags!r}")

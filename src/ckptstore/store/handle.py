@@ -26,11 +26,13 @@ class SaveHandle:
         save_id: its unique id.
         remotes: remote's name -> future of that remote.
         because: what keeps it from a level after so many seconds, in words for an error; empty: nobody knows.
+        line: stands for the connection to the agent whose word it waits for.
     """
 
     def __init__(self, info: CheckpointInfo, remotes: Iterable[str], quorum: int | None) -> None:
         self._info = info
         self.because: Callable[[str, float], str] = lambda level, waited_s: ""
+        self.line: object | None = None
         self._lock = threading.RLock()  # done-callbacks of users run while it is held
         self._tiers: dict[str, TierState] = {}
         self._hooks: dict[str, list[Callable[[CheckpointInfo], None]]] = {}
@@ -149,7 +151,7 @@ class SaveHandle:
             self._resolve(level)
 
     def fail(self, error: CkptError, level: Level = "staged", tier: str | None = None) -> bool:
-        """Fail ``level`` and everything above it; returns whether that was news."""
+        """Fail ``level`` and everything that can't be reached any more; returns whether that was news."""
         failure = error
         if not isinstance(error, SaveFailedError):
             failure = SaveFailedError(
@@ -166,7 +168,8 @@ class SaveHandle:
                 failed = sum(f.done() and f.exception() is not None for f in self.remotes.values())
                 if len(self.remotes) - failed >= self._quorum:
                     return news
-            for name in ("staged", "local", "remote")[("staged", "local", "remote").index(level) :]:
+            # Where writing failed before all nodes had told that they have it staged, nobody tells any more.
+            for name in ("remote",) if level == "remote" else ("staged", "local", "remote"):
                 if not self._futures[name].done():
                     self._futures[name].set_exception(failure)
                     news = True

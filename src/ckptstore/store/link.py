@@ -65,6 +65,7 @@ class AgentLink:
     Attributes:
         handles: save_id -> handle of the saves that are followed, oldest first.
         topology: which ranks share an agent; one node until :meth:`meet`.
+        has_met: whether that has succeeded.
     """
 
     def __init__(
@@ -79,11 +80,14 @@ class AgentLink:
     ) -> None:
         self.handles: dict[str, SaveHandle] = {}
         self.topology = Topology(0, 1, (rank,))  # until the agents are known; events may come before
+        self.has_met = False
         self.relay: NodeRelay | None = None
         self._root, self._run, self._rank = root, run, rank
         self._remotes, self._config, self._committed = remotes, config, committed
         self._client: AgentClient | None = None
-        self._lock = threading.Lock()
+        self._line: object | None = None  # stands for one connection; a handle waits for the word of one
+        self._unsure: set[str] = set()
+        self._lock, self._connecting = threading.Lock(), threading.Lock()
 
     @property
     def client(self) -> AgentClient:
@@ -94,31 +98,49 @@ class AgentLink:
 
     def reconnect(self) -> None:
         """Local. Attach if there is no connection. What an earlier agent has lent went with it."""
-        if self._client is not None:
-            return
-        self._client = AgentClient.connect(
-            self._root,
-            run=self._run,
-            slot=int(os.environ.get("LOCAL_RANK", self._rank)),
-            remotes={name: between_processes(url) for name, url in self._remotes.items()},
-            environ={k: v for k, v in os.environ.items() if k.startswith(CREDENTIAL_PREFIXES)},
-            config=self._config,
-            on_event=self._on_event,
-            rank=self._rank,
-        )
+        with self._connecting:
+            if self._client is not None and not self._client.is_lost:
+                return
+            line = object()
+            client = AgentClient.connect(
+                self._root,
+                run=self._run,
+                slot=int(os.environ.get("LOCAL_RANK", self._rank)),
+                remotes={name: between_processes(url) for name, url in self._remotes.items()},
+                environ={k: v for k, v in os.environ.items() if k.startswith(CREDENTIAL_PREFIXES)},
+                config=self._config,
+                on_event=lambda event: self._on_event(event, line),
+                rank=self._rank,
+            )
+            self._client, self._line = client, line
+
+    def _reconnected(self) -> AgentClient:
+        self.reconnect()
+        return self.client
 
     def meet(self, agreement: Agreement, *, job: str) -> None:
-        """Collective. Learn which ranks share an agent; each node's first rank speaks for it."""
-        agent_ids = agreement.gather(self.client.agent_id, what="counting the nodes")
+        """Collective. Learn which ranks share an agent; each node's first rank speaks for it.
+
+        Raises:
+            TransientError: an agent was lost meanwhile; on all ranks.
+        """
+        client = self._client
+        agent_ids = agreement.gather(client.agent_id if client is not None else "", what="counting the nodes")
+        if "" in agent_ids:
+            rank = agent_ids.index("")
+            raise TransientError(f"the node agent of rank {rank} ended right after its start", rank=rank)
         self.topology = Topology.of(agent_ids, self._rank)
         if self.topology.num_nodes == 1:
+            self.has_met = True
             return
         is_leader = self._rank == self.topology.local_ranks[0]
         refuse_shared_root(self._root, self.topology.node, is_leader=is_leader, agreement=agreement)
+        self.has_met = True
         if is_leader:
             self.relay = NodeRelay(
                 agreement.job_store(),
-                lambda: self.client,
+                self._reconnected,
+                self._ended,
                 job=job,
                 node=self.topology.node,
                 num_nodes=self.topology.num_nodes,
@@ -127,7 +149,7 @@ class AgentLink:
 
     def remember(self, handle: SaveHandle) -> None:
         """Follow this save from now on; of finished ones only the newest are kept."""
-        handle.because = self._because
+        handle.because, handle.line = self._because, self._line
         with self._lock:
             self.handles[handle.save_id] = handle
             for save_id in list(self.handles)[:-KEPT_HANDLES]:
@@ -222,12 +244,50 @@ class AgentLink:
                 told = time.monotonic()
                 why = self._because(level)
                 log.log(logging.WARNING if why else logging.INFO, "waiting for step %s: %s%s", handle.step, level, why)
-            if self._client is None:
-                self.reconnect()
-                # What the lost agent committed just before its end was never told.
-                for name, save_ids in self._committed().items():
-                    if handle.save_id in save_ids:
-                        handle.reach("remote", name)
+            try:
+                self.reconnect()  # a new agent goes on with uploads
+            except TransientError as error:
+                log.debug("no agent for step %s so far: %s", handle.step, error)
+                continue
+            except CkptError as error:
+                reason = f"the node agent ended, and there can be no other: {error.message}"
+                handle.fail(SaveFailedError(reason, hint=error.hint), "remote" if handle.done("local") else "staged")
+                continue
+            if handle.save_id in self._unsure:
+                self._find_out(handle)
+
+    def _find_out(self, handle: SaveHandle) -> None:
+        """What became of a save whose agent was lost, as the tiers tell: its last words were perhaps not heard."""
+        there = self._committed()
+        for name, save_ids in there.items():
+            if handle.save_id in save_ids:
+                handle.reach("remote", name)
+        state = self._local_states().get(handle.save_id, "absent")
+        if state == "complete":
+            handle.reach("local")
+        elif state == "absent" and set(there) >= set(self._remotes):
+            reason = "the node agent ended, and its part is not on the disk any more"
+            handle.fail(SaveFailedError(reason), "remote" if handle.done("local") else "local")
+        if state == "complete" or handle.done("local"):
+            self._unsure.discard(handle.save_id)
+
+    def _local_states(self) -> dict[str, str]:
+        """save_id -> state of the local tier's saves; empty where it can't be read."""
+        from ckptstore.repo.local import LocalTier
+
+        try:
+            return {save.save_id: save.state for save in LocalTier(self._root).saves(self._run)}
+        except CkptError as error:
+            log.debug("the local tier can't be read: %s", error)
+            return {}
+
+    def _ended(self, save_id: str, failure: str | None) -> None:
+        """The relay's word on a save, should no agent bring it."""
+        handle = self.handles.get(save_id)
+        if handle is not None and failure is None:
+            handle.reach("local")
+        elif handle is not None and not handle.done("local"):
+            handle.fail(SaveFailedError(str(failure)), "staged" if not handle.done("staged") else "local")
 
     def _because(self, level: str, waited_s: float = math.inf) -> str:
         """What keeps uploads from getting on, as the agent tells it; empty if it knows of nothing."""
@@ -241,11 +301,12 @@ class AgentLink:
         troubles = [f"; {name}: {said['error']['message']}" for name, said in remotes.items() if said["error"]]
         return "".join(troubles)
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: Event, line: object = None) -> None:
         """Runs on the client's reader thread."""
         if event.kind == "lost":
-            self._client = None
-            self._agent_lost()
+            if self._line is line:
+                self._client = None
+            self._agent_lost(line)
             return
         if self.relay is not None:
             self._tell_relay(self.relay, event)
@@ -279,26 +340,21 @@ class AgentLink:
         elif event.kind == "failed" and event.data.get("level") != "remote":
             relay.failed(event.save_id, str(event.data.get("message", "failed")))
 
-    def _agent_lost(self) -> None:
-        """Saves that are not committed went with the agent's memory; say so."""
-        from ckptstore.repo.local import LocalTier
-
-        waiting = [h for h in self.handles.values() if not h.done("local")]
-        if not waiting:
-            return
-        try:
-            complete = {s.save_id for s in LocalTier(self._root).saves(self._run) if s.state == "complete"}
-        except CkptError:
-            complete = set()
+    def _agent_lost(self, line: object) -> None:
+        """What isn't on disk went with the agent's memory: say so to whoever waited for its word."""
+        waiting = [handle for handle in list(self.handles.values()) if handle.line is line]
+        self._unsure.update(handle.save_id for handle in waiting if self._remotes and not handle.done("remote"))
+        waiting = [handle for handle in waiting if not handle.done("local")]
+        states = self._local_states() if waiting else {}
         for handle in waiting:
-            if handle.save_id in complete:
+            state = states.get(handle.save_id)
+            if state == "complete":
                 handle.reach("local")
+            elif state == "prepared":  # the other nodes may be so too: then the relay has a new agent complete it
+                self._unsure.add(handle.save_id)
             else:
-                handle.fail(
-                    SaveFailedError(
-                        f"the node agent ended before step {handle.step} was on disk",
-                        hint="the next save starts a new agent; earlier checkpoints are untouched",
-                        step=handle.step,
-                        save_id=handle.save_id,
-                    )
-                )
+                reason = f"the node agent ended before step {handle.step} was on disk"
+                hint = "the next save starts a new agent; earlier checkpoints are untouched"
+                handle.fail(SaveFailedError(reason, hint=hint, step=handle.step, save_id=handle.save_id))
+                if self.relay is not None:
+                    self.relay.failed(handle.save_id, f"rank {self._rank}: {reason}")

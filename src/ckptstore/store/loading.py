@@ -26,7 +26,7 @@ from ckptstore.format.manifest import ShardManifest, Summary
 from ckptstore.repo.catalog import Catalog, Record
 from ckptstore.repo.commit import roll_forward as complete_part
 from ckptstore.repo.directory import parts_of_node
-from ckptstore.repo.local import LocalTier
+from ckptstore.repo.local import LocalSave, LocalTier
 from ckptstore.repo.peers import Told
 from ckptstore.repo.reader import CheckpointReader
 from ckptstore.repo.remote import RemoteTier
@@ -320,18 +320,23 @@ def roll_forward(tiers: Tiers, agreement: Agreement) -> None:
     """Collective. Complete saves whose parts are all durable, over the nodes of this job and the remotes."""
     if tiers.local is None:
         return
-    parts: dict[str, list[bytes]] = {}
+    parts: dict[str, list[bytes]] = {}  # here
+    saves: dict[str, LocalSave] = {}
     try:
         if tiers.local.exists():
-            for save in tiers.local.saves(tiers.run):
-                if save.state == "prepared":
-                    present = tiers.local.shard_manifests_present(save.path)
-                    parts[save.save_id] = [shard.encode() for shard in present]
+            saves = {save.save_id: save for save in tiers.local.saves(tiers.run)}
+            parts = {save_id: _shards(tiers.local, save) for save_id, save in saves.items() if save.state == "prepared"}
     except CkptError as error:
         log.warning("looking for prepared saves failed: %s", error)
-    if not any(agreement.gather(bool(parts), what="looking for prepared parts")):
+    wanted = set[str]().union(*agreement.gather(list(parts), what="looking for prepared parts"))
+    if not wanted:
         return
-    everywhere = agreement.gather(parts, what="gathering prepared parts")
+    given = dict(parts)
+    try:  # another node may have marked it already
+        given.update((save_id, _shards(tiers.local, saves[save_id])) for save_id in wanted & (set(saves) - set(parts)))
+    except CkptError as error:
+        log.warning("looking for parts of saves that other nodes have prepared failed: %s", error)
+    everywhere = agreement.gather(given, what="gathering prepared parts")
     for save_id in parts:
         elsewhere: dict[int, ShardManifest] = {}
         for node in everywhere:
@@ -344,6 +349,10 @@ def roll_forward(tiers: Tiers, agreement: Agreement) -> None:
                 elsewhere[rank] = found
         if complete_part(tiers.local, tiers.run, save_id, elsewhere.values()) is not None:
             log.info("rolled save %s forward", save_id)
+
+
+def _shards(local: LocalTier, save: LocalSave) -> list[bytes]:
+    return [shard.encode() for shard in local.shard_manifests_present(save.path)]
 
 
 def _uploaded_part(tiers: Tiers, save_id: str, rank: int) -> ShardManifest | None:

@@ -4,13 +4,14 @@ With one node the agent is the coordinator and none of this runs. With several, 
 
     sealed/<node>      all ranks of the node have sealed their part
     prepared/<node>    the node's part is fsynced; the value is its shard references (and the summary, from rank 0's)
-    root               the root manifest, made by node 0's leader once every node is prepared
+    end                what becomes of the save, decided once: the root manifest, which node 0's leader makes when every
+                       node is prepared, or the first failure anywhere, upon which every leader drops the save
     local/<node>       the node has written its COMPLETE record (the root manifest beside its part)
-    failed             the first failure anywhere; every leader drops the save
 
 The leader has a client of its own to that store, so that a blocked rank never holds up the word of another. If the
 trainers die, nothing is lost: each agent uploads its part by itself, and parts that are all durable are rolled forward
-at the next start.
+at the next start. Once there is a root manifest nobody drops the save any more; an agent that was lost meanwhile is
+replaced, and a node that can't be reached is waited for no longer than the deadline.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ckptstore.errors import CkptError, TransientError
+from ckptstore.errors import CkptError
 from ckptstore.format.manifest import ShardManifest, ShardRef, Summary, ref_of, root_from
 
 log = logging.getLogger("ckptstore")
 
 POLL_SECONDS = 0.02
+#: How soon an agent that could not do its part is asked again.
+RETRY_SECONDS = 0.5
 #: Longest time from the first seal of a save to its last prepared part, in deadlines.
 PREPARE_DEADLINES = 20.0
+_ROOT, _FAILED = "root", "failed"
 
 
 class JobStore(Protocol):
@@ -39,38 +43,54 @@ class JobStore(Protocol):
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
     def check(self, keys: list[str]) -> bool: ...
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
 
 
 class RelayClient(Protocol):
     """What the relay uses of an agent client."""
 
-    def announce(self, save_id: str, level: str) -> None: ...
+    def announce(self, save_id: str, level: str, failure: str | None = None) -> None: ...
     def complete(self, save_id: str, root: bytes) -> None: ...
     def discard(self, save_id: str, reason: str) -> bool: ...
 
 
 @dataclass
 class _Progress:
-    """How far one save has come, as this leader knows it."""
+    """How far one save has come, as this leader knows it.
+
+    Attributes:
+        began: when this stage of it began: it was made, or its end was decided.
+        retry: when the agent is asked again.
+        done: what was told to the agent.
+    """
 
     began: float
+    retry: float = 0.0
     done: set[str] = field(default_factory=set)
 
 
 class NodeRelay:
-    """The leader's side of a several-node job; owns one thread."""
+    """The leader's side of a several-node job; owns one thread.
+
+    Args:
+        store: the job's; a client of our own.
+        client: gives the node's agent, a new one if it was lost; raises CkptError where there is none.
+        ended: hears how a save ended for this rank, with the reason if it failed, in case no agent can tell it.
+        job, node, num_nodes, deadline_s: of the store.
+    """
 
     def __init__(
         self,
         store: JobStore,
         client: Callable[[], RelayClient],
+        ended: Callable[[str, str | None], None],
         *,
         job: str,
         node: int,
         num_nodes: int,
         deadline_s: float,
     ) -> None:
-        self._store, self._client = store, client
+        self._store, self._client, self._ended = store, client, ended
         self._job, self._node, self._num_nodes = job, node, num_nodes
         self._deadline_s = deadline_s
         self._saves: dict[str, _Progress] = {}
@@ -103,8 +123,11 @@ class NodeRelay:
         self._set(save_id, f"local/{self._node}", "1")
 
     def failed(self, save_id: str, reason: str) -> None:
-        """This node can't keep its part."""
-        self._set(save_id, "failed", reason)
+        """This node can't keep its part; of no consequence once all nodes are prepared."""
+        try:
+            self._decide(save_id, _FAILED, reason)
+        except Exception as error:
+            log.warning("the job's store does not answer (%s); save %s is left to the agents", error, save_id)
 
     def close(self) -> None:
         """Stop relaying; saves that are not local everywhere are left to the next start."""
@@ -139,56 +162,94 @@ class NodeRelay:
                     return
                 saves = dict(self._saves)
             for save_id, progress in saves.items():
-                try:
-                    ended = self._advance(save_id, progress)
-                except TransientError as error:  # the agent is gone, and this node's part with it unless it was durable
-                    log.debug("relay of save %s stopped: %s", save_id, error)
-                    ended = True
-                except CkptError as error:
-                    log.warning("save %s: %s", save_id, error)
-                    self.failed(save_id, error.message)
-                    ended = False
-                except Exception as error:  # the job's store is gone: the job is ending
-                    log.debug("relay of save %s stopped: %s", save_id, error)
-                    ended = True
-                if ended:
+                if self._advance_if_possible(save_id, progress):
                     with self._wake:
                         self._saves.pop(save_id, None)
             time.sleep(POLL_SECONDS)
 
+    def _advance_if_possible(self, save_id: str, progress: _Progress) -> bool:
+        if time.monotonic() < progress.retry:
+            return False
+        try:
+            return self._advance(save_id, progress)
+        except CkptError as error:  # of this node's agent; it or the next one may do better
+            log.debug("relay of save %s: %s", save_id, error)
+            progress.retry = time.monotonic() + RETRY_SECONDS
+            if (time.monotonic() - progress.began) <= self._deadline_s or "decided" not in progress.done:
+                return False
+            self._end(save_id, f"this node's agent could not finish it: {error.message}")
+        except Exception as error:  # the job's store is gone: the job is ending
+            log.debug("relay of save %s stopped: %s", save_id, error)
+            # With our own mark every part is known to be durable.
+            is_safe = "complete" in progress.done
+            self._end(
+                save_id, None if is_safe else "the job's store is gone; a save that is whole is found at the start"
+            )
+        return True
+
     def _advance(self, save_id: str, progress: _Progress) -> bool:
         """Do what has become possible for this save; True when there is nothing left to do."""
-        client, done = self._client(), progress.done
-        if self._store.check([self._key(save_id, "failed")]):
-            client.discard(save_id, self._store.get(self._key(save_id, "failed")).decode())
-            return True
-        if "staged" not in done and self._all(save_id, "sealed"):
-            client.announce(save_id, "staged")
+        done = progress.done
+        decision = self._decided(save_id)
+        if decision is None and "staged" not in done and self._all(save_id, "sealed"):
             done.add("staged")
-        if self._node == 0 and "root" not in done and self._all(save_id, "prepared"):
-            self._store.set(self._key(save_id, "root"), self._root(save_id).decode())
-            done.add("root")
-        if "complete" not in done and self._store.check([self._key(save_id, "root")]):
-            client.complete(save_id, self._store.get(self._key(save_id, "root")))
-            done.add("complete")
-        if "complete" in done and self._all(save_id, "local"):
-            client.announce(save_id, "local")
+            self._client().announce(save_id, "staged")
+        if decision is None and self._node == 0 and self._all(save_id, "prepared"):
+            decision = self._decide(save_id, _ROOT, self._root(save_id).decode())
+        if decision is None:
+            self._check_deadline(save_id, progress)
+            return False
+        if "decided" not in done:
+            done.add("decided")
+            progress.began = time.monotonic()
+        outcome, text = decision
+        if outcome == _FAILED:
+            self._ended(save_id, text)
+            self._client().discard(save_id, text)
             return True
-        self._check_deadline(save_id, progress)
+        if "complete" not in done:
+            self._client().complete(save_id, text.encode())
+            done.add("complete")
+        if self._all(save_id, "local"):
+            self._end(save_id, None)
+            return True
+        if time.monotonic() - progress.began > self._deadline_s:
+            self._end(save_id, f"{self._late(save_id, 'local')} did not mark it complete; the next start does")
+            return True
         return False
 
+    def _decided(self, save_id: str) -> tuple[str, str] | None:
+        key = self._key(save_id, "end")
+        if not self._store.check([key]):
+            return None
+        outcome, text = json.loads(self._store.get(key))
+        return outcome, text
+
+    def _decide(self, save_id: str, outcome: str, text: str) -> tuple[str, str]:
+        """What becomes of the save: this, unless it was decided before."""
+        said = self._store.compare_set(self._key(save_id, "end"), "", json.dumps([outcome, text]))
+        outcome, text = json.loads(said)
+        return outcome, text
+
+    def _end(self, save_id: str, failure: str | None) -> None:
+        """Tell the ranks of this node that the save is local everywhere, or why nobody knows."""
+        try:
+            self._client().announce(save_id, "local", failure)
+        except CkptError as error:
+            log.debug("announcing save %s failed: %s", save_id, error)
+        self._ended(save_id, failure)
+
     def _check_deadline(self, save_id: str, progress: _Progress) -> None:
-        waited = time.monotonic() - progress.began
-        if "staged" not in progress.done:
-            kind, limit = "sealed", self._deadline_s
-        elif "complete" not in progress.done:
+        kind, limit = "sealed", self._deadline_s
+        if "staged" in progress.done:
             kind, limit = "prepared", self._deadline_s * PREPARE_DEADLINES
-        else:
-            return
-        if waited > limit:
-            late = [n for n in range(self._num_nodes) if not self._store.check([self._key(save_id, f"{kind}/{n}")])]
-            if late:
-                self.failed(save_id, f"node {', '.join(map(str, late))} has not {kind} its part within {limit:.0f} s")
+        if time.monotonic() - progress.began > limit and (late := self._late(save_id, kind)):
+            self.failed(save_id, f"{late} has not {kind} its part within {limit:.0f} s")
+
+    def _late(self, save_id: str, kind: str) -> str:
+        """The nodes whose word is missing, in words; empty if none is."""
+        late = [n for n in range(self._num_nodes) if not self._store.check([self._key(save_id, f"{kind}/{n}")])]
+        return f"node {', '.join(map(str, late))}" if late else ""
 
     def _root(self, save_id: str) -> bytes:
         words = [json.loads(self._store.get(self._key(save_id, f"prepared/{n}"))) for n in range(self._num_nodes)]

@@ -20,8 +20,10 @@ from ckptstore.dcp.prepare import Prepared, Preparer
 from ckptstore.errors import (
     CkptError,
     ConfigError,
+    NoSpaceError,
     SaveFailedError,
     StorageError,
+    TransientError,
 )
 from ckptstore.format.manifest import Parent, Summary
 from ckptstore.store.facts import check_arguments, read_metrics, versions
@@ -36,6 +38,8 @@ log = logging.getLogger("ckptstore")
 
 #: What ranks that only prepare agree on.
 NOT_A_STEP = -1
+#: What may be over by the next save, so that it stops no training. A root that can't be used is told at once.
+_PASSING = (NoSpaceError, TransientError)
 #: However many cores a host has, a save takes no more of them.
 MAX_COPY_THREADS = 4
 
@@ -91,17 +95,36 @@ class Session:
                 f"rank 0 has the remotes {terms['remotes']}, this rank {sorted(remotes)}",
                 hint="give every rank the same remote=, $CKPTSTORE_REMOTE or ckptstore.toml",
             )
+        self._trouble: StorageError | None = None
         try:
-            try:
-                if error is None:
-                    self.link.reconnect()
-            except Exception as failure:
-                error = told(failure)
-            self.agreement.together(error, what="attaching to the node agents")
-            self.link.meet(agreement, job=self.job)
+            self._attach(error)
+        except _PASSING as failure:
+            self._trouble = failure  # the first save's
         except BaseException:
             self.link.close()  # the next call makes another session
             raise
+
+    def _attach(self, error: CkptError | None = None) -> None:
+        """Collective, until it has succeeded. Attach to the agents, and learn which ranks share one."""
+        if self.link.has_met:
+            return
+        try:
+            if error is None:
+                self.link.reconnect()
+        except Exception as failure:
+            error = told(failure)
+        self.agreement.together(error, what="attaching to the node agents")
+        self.link.meet(self.agreement, job=self.job)
+
+    def _attached(self) -> StorageError | None:
+        """Collective. What keeps the ranks from saving now, if anything does; told once."""
+        trouble, self._trouble = self._trouble, None
+        if trouble is None:
+            try:
+                self._attach()
+            except _PASSING as failure:
+                trouble = failure
+        return trouble
 
     # -- one save -------------------------------------------------------------------------------------------------
 
@@ -112,6 +135,8 @@ class Session:
             CkptError: as :meth:`save`; the next save begins anew.
         """
         call = _Call(NOT_A_STEP, f"{self.job}-0", None)
+        if (trouble := self._attached()) is not None:
+            raise trouble
         error: CkptError | None = None
         try:
             self.link.reconnect()
@@ -136,6 +161,8 @@ class Session:
         """Collective. Copy this rank's part into its arena and seal it."""
         self._counter += 1
         call = _Call(step, f"{self.job}-{self._counter}", epoch)
+        if (trouble := self._attached()) is not None:
+            return self._failed(call, trouble)
         error: CkptError | None = None
         try:
             with _timed(call.spans, "reserve"):

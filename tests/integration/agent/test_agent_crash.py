@@ -14,6 +14,7 @@ import pytest
 from agent_node import Node, until
 from fake_trainer import ForkServer, check_part, complete_saves
 
+from ckptstore.agent import client
 from ckptstore.blob import open_blob_store
 from ckptstore.clock import new_nonce
 from ckptstore.errors import TransientError
@@ -206,6 +207,25 @@ def test_what_a_killed_agent_was_writing_is_removed_by_the_next(node: Node) -> N
     foreign.mkdir()
     again = node.trainer()
     assert [path.name for path in (node.root / "run").iterdir()] == [foreign.name]
+    again.wait("local", again.save(1))
+
+
+def test_no_call_waits_for_an_agent_that_hangs(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ANSWER_TIMEOUT_S", 1.0)
+    talker, listener = node.trainer(), node.trainer(ranks=2, slot=1)
+    os.kill(talker.client.agent_pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(TransientError):
+            talker.client.discard(f"{new_nonce()}-1", "more than the socket holds" * 100_000)
+        with pytest.raises(TransientError, match="within 1 s"):
+            listener.client.release(0)
+        for trainer in (talker, listener):
+            trainer.wait("lost")
+            with pytest.raises(TransientError, match="is gone"):
+                trainer.client.discard(f"{new_nonce()}-1", "nobody is asked any more")
+    finally:
+        os.kill(talker.client.agent_pid, signal.SIGCONT)
+    again = node.trainer()
     again.wait("local", again.save(1))
 
 

@@ -172,6 +172,17 @@ def test_it_leaves_within_ten_seconds_when_its_root_is_gone(node: Node) -> None:
     assert not node.root.exists(), "the root was raised from the dead"
 
 
+def test_it_is_found_again_when_somebody_removed_its_socket_or_runtime_directory(node: Node) -> None:
+    trainer = node.trainer()
+    runtime = node.runtime()
+    for number, remove in enumerate((runtime.socket.unlink, lambda: shutil.rmtree(runtime.path)), start=1):
+        remove()
+        until(lambda: is_served(node.root))
+        assert node.trainer(ranks=3, slot=number).client.agent_id == trainer.client.agent_id
+    assert node.agent_pid() == trainer.client.agent_pid, "the lock of the new directory is its own"
+    trainer.wait("local", trainer.save(1))
+
+
 def test_it_leaves_when_another_directory_has_its_roots_name(node: Node) -> None:
     trainer = node.trainer()
     pid = trainer.client.agent_pid

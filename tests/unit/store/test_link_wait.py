@@ -21,6 +21,8 @@ from ckptstore.types import CheckpointInfo
 class Agent:
     """One that can't reach the bucket."""
 
+    is_lost = False
+
     def status(self) -> dict[str, Any]:
         said = {"s3": {"error": {"message": "http://s3 can't be reached"}}, "oss": {"error": None}}
         return {"runs": {"r": {"remotes": said}}}
