@@ -44,7 +44,7 @@ class UnprotectedTrainer:
         self.scheduler.step()
         self.global_step += 1
         self.log.step(self.global_step, loss)
-        return float(loss)
+        return loss.item()
 
     def train(self) -> None:
         """All epochs."""
@@ -78,26 +78,20 @@ class ProtectedTrainer(UnprotectedTrainer):
     def train(self) -> None:
         """All epochs that are left."""
         manager, first, best = self.manager, 0, float("inf")
-        manager.track(dataloader=self.loader, epoch_losses=(losses := []))
-        if manager.has_checkpoints():
-            epoch, self.global_step = manager.load_checkpoint(
-                model=self.model,
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-                dataloader=self.loader,
-                epoch_losses=losses,
-                latest=True,
-            )
-            first = epoch + 1 if manager.point.epoch_finished else epoch
-            self.loss_history = list(manager.point.state.get("loss_history", []))
-            best = min(self.loss_history, default=best)
         manager.track(
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
+            dataloader=self.loader,
+            epoch_losses=(losses := []),
             config=self.config,
             loss_history=lambda: self.loss_history,
         )
+        if manager.has_checkpoints():
+            epoch, self.global_step = manager.load_checkpoint(latest=True)  # fills what is tracked
+            first = epoch + 1 if manager.point.epoch_finished else epoch
+            self.loss_history = list(manager.point.state.get("loss_history", []))
+            best = min(self.loss_history, default=best)
         with manager:  # saves when a signal or an exception ends it
             for epoch in range(first, self.args.epochs):
                 for inputs, targets in self.loader:

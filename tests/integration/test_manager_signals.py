@@ -158,7 +158,7 @@ def test_a_signal_while_uploads_are_awaited_ends_the_wait(tmp_path: Path, monkey
         running.send("SIGTERM")
         returncode, err = running.end()
     assert returncode == 143
-    assert "SIGTERM after the last step: safe: local 10" in err
+    assert "SIGTERM after the last step: safe: local 10, s3 nothing yet" in err
     assert resumed(tmp_path / "s")["step"] == 10
 
 

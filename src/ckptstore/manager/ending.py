@@ -139,7 +139,10 @@ def close(parts: Parts, timeout_s: float, *, watch: SignalWatch | None) -> None:
             continue  # each is raised once; the last one counts below
         if not is_told and timeout_s > SLICE_S and time.monotonic() > until - timeout_s + 5.0:
             is_told = True
-            parts.voice.say(f"waiting for saves to be finished ({parts.safety.sentence()})")
+            left = "; Ctrl-C leaves the rest to the node agent" if store.remotes else ""
+            parts.voice.say(
+                f"waiting for saves to be finished, {timeout_s:.0f} s at most ({parts.safety.sentence()}){left}"
+            )
         stopped_by = watch.pending if watch is not None else None
     parts.scalars.flush()
     if stopped_by is not None:

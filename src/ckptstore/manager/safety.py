@@ -52,15 +52,20 @@ class Safety:
             return len(waiting), time.monotonic() - min(waiting.values()) if waiting else 0.0
 
     def sentence(self) -> str:
-        """``safe: local 12400, remote 12000``; with ``staged`` where that is newer than what is on disk."""
+        """``safe: local 12400, remote 12000``; with ``staged`` where that is newer than what is on disk.
+
+        A remote that has been sent saves and has none of them says so.
+        """
         steps = dict(self.steps)
         staged = steps.pop("staged", -1)
         said = [
             f"{tier} {step}" for tier, step in sorted(steps.items(), key=lambda item: (item[0] != "local", item[0]))
         ]
+        with self._lock:
+            said += [f"{name} nothing yet" for name in sorted(self._waiting) if name not in steps]
         if staged > steps.get("local", -1):
             said.append(f"staged {staged} (in the node agent's memory, which is writing it)")
-        return f"safe: {', '.join(said)}" if said else "nothing was saved"
+        return f"safe: {', '.join(said)}" if steps or staged >= 0 else "nothing was saved"
 
     def _reach(self, tier: str, step: int) -> None:
         with self._lock:

@@ -30,6 +30,11 @@ class RunCheckpoints:
     """
 
     def __init__(self, local: str | os.PathLike[str] | None, remote: RemoteArgument, run: str | None) -> None:
+        if local is not None and "://" in str(local):
+            raise ConfigError(
+                f"the local tier is a folder, and {str(local)!r} a URL",
+                hint="CheckpointStore('/data/ckpt', remote=URL), or CheckpointStore(None, remote=URL) only to read",
+            )
         self.local = Path(local).absolute() if local is not None else None
         self.remotes = name_remotes(remote)
         self.run = check_run_name(run if run is not None else "default")

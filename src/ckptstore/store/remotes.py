@@ -29,8 +29,8 @@ def name_remotes(remote: RemoteArgument) -> dict[str, str]:
             count = 1 + sum(name == scheme or name.startswith(f"{scheme}-") for name in named)
             named[scheme if count == 1 else f"{scheme}-{count}"] = str(url)
     for name, url in named.items():
-        check_run_name(name)
         open_blob_store(url)  # free and local; refuses what can't be a URL
+        check_run_name(name)
         if name == "local":
             raise ConfigError("a remote can't be named 'local'", hint="that is the local tier's name")
     return named

@@ -91,6 +91,8 @@ def _lines(found: Status) -> list[str]:
         size = human_bytes(found.waiting_bytes)
         lines.append(f"uploads waiting: {counted(found.waiting_uploads, 'checkpoint')}, {size} of state")
     lines.append(f"agent: pid {found.agent['pid']}" if found.agent else "agent: not running")
+    if not any(rank.is_attached for rank in found.ranks):
+        lines.append("no trainer is attached here: the times are ages of checkpoints")
     said = (found.agent or {}).get("runs", {}).get(found.run, {})
     for rank in found.ranks:
         staging = ", ".join(f"step {step}" for step in rank.staging) or "nothing"
