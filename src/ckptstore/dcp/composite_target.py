@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ckptstore.dcp import composites
+from ckptstore.dcp import assembly, composites
 from ckptstore.dcp.boxes import dtype_name
 from ckptstore.dcp.stored import MISSING
 from ckptstore.errors import StateError
@@ -38,7 +38,7 @@ def match_composite(
         matcher.mismatch(key, f"stored is {composites.described(stored)}, the target is {composites.described(own)}")
     elif composites.is_live(target) and _parts_fit(matcher, own, stored):
         _fill_parts(matcher, key, own, stored)
-        matcher.check_at_last(lambda: composites.check(key, target))
+        matcher.check_at_last(lambda: assembly.check(key, target))
     elif isinstance(target, DTensor):  # nobody can make a new one of whole parts
         matcher.mismatch(
             key, f"stored is {composites.described(stored)}, whose parts or context are not those of the sharded target"

@@ -1,8 +1,7 @@
 """Tensors that are made of others: sparse, nested, quantized, and of classes with the flatten protocol.
 
 :func:`take_apart` gives their plain parts, which are views of the tensor's own memory wherever it has any, so parts are
-staged, tied and filled like all other tensors. :func:`put_together` is the inverse and shares the memory of the parts,
-so these may be filled afterwards; :func:`check` says then whether what came out is sound.
+staged, tied and filled like all other tensors. :mod:`ckptstore.dcp.assembly` is the way back.
 
 =============  ==================================================  ======================================
 kind           parts                                               facts
@@ -20,7 +19,6 @@ flattened      what ``__tensor_flatten__`` names                   class, contex
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from torch.nested._internal.nested_tensor import NestedTensor as Jagged
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckptstore.dcp.boxes import dtype_name
-from ckptstore.errors import FormatError, StateError
+from ckptstore.errors import StateError
 from ckptstore.format.tree import Composite
 from ckptstore.format.types_base import type_name
 from ckptstore.format.types_user import loaded_class
@@ -39,13 +37,12 @@ _PLAIN = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
 _BY_COLUMN = ("ccol_indices", "row_indices")
 _BY_ROW = ("crow_indices", "col_indices")
 #: Layout -> the names of its two index tensors.
-_COMPRESSED = {
+COMPRESSED = {
     torch.sparse_csr: _BY_ROW,
     torch.sparse_bsr: _BY_ROW,
     torch.sparse_csc: _BY_COLUMN,
     torch.sparse_bsc: _BY_COLUMN,
 }
-_LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in _COMPRESSED}
 #: Facts that two tensors must share for one to take the place of the other.
 _OUTLINE = ("size", "dtype", "class")
 
@@ -82,8 +79,8 @@ def take_apart(key: str, tensor: torch.Tensor) -> Composite:
     if tensor.layout is torch.sparse_coo:
         facts = {"size": list(tensor.shape), "dtype": dtype_name(tensor.dtype), "coalesced": tensor.is_coalesced()}
         return Composite("sparse_coo", {"indices": tensor._indices(), "values": tensor._values()}, facts)
-    if tensor.layout in _COMPRESSED:
-        parts = {name: getattr(tensor, name)() for name in (*_COMPRESSED[tensor.layout], "values")}
+    if tensor.layout in COMPRESSED:
+        parts = {name: getattr(tensor, name)() for name in (*COMPRESSED[tensor.layout], "values")}
         kind = str(tensor.layout).removeprefix("torch.")
         return Composite(kind, parts, {"size": list(tensor.shape), "dtype": dtype_name(tensor.dtype)})
     if tensor.is_nested:
@@ -201,155 +198,6 @@ def _sharded_parts(key: str, tensor: DTensor) -> Composite:
         )
     whole = {"size": [int(n) for n in tensor.shape], "stride": [int(n) for n in tensor.stride()]}
     return Composite("flattened", parts, {**apart.facts, **whole})
-
-
-# -- and back ----------------------------------------------------------------------------------------------------------
-
-
-def put_together(key: str, stored: Composite, allowed: type | None = None) -> torch.Tensor:
-    """The tensor of these parts; it shares their memory and looks at none of their values.
-
-    Args:
-        stored: a composite whose parts are tensors.
-        allowed: a tensor class that may be rebuilt, because the target has one; beside it, those of
-            ``torch.serialization.add_safe_globals``.
-
-    Raises:
-        FormatError: damaged, or a class that this process doesn't know or trust; names ``key``.
-    """
-    parts = {
-        name: put_together(f"{key}.{name}", part) if isinstance(part, Composite) else part
-        for name, part in stored.parts.items()
-    }
-    try:
-        if stored.kind == "flattened":
-            return _unflattened(key, parts, stored.facts, allowed)
-        return _BUILD[stored.kind](parts, stored.facts)
-    except FormatError:
-        raise
-    except Exception as error:
-        raise FormatError(
-            f"{key!r} can't be put together as a {stored.kind} tensor: {type(error).__name__}: {error!s:.200}", key=key
-        ) from error
-
-
-def _sparse_coo(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
-    return torch.sparse_coo_tensor(
-        parts["indices"], parts["values"], facts["size"], is_coalesced=facts["coalesced"], check_invariants=False
-    )
-
-
-def _compressed(layout: torch.layout) -> Callable[[dict[str, Any], dict[str, Any]], torch.Tensor]:
-    outer, inner = _COMPRESSED[layout]
-
-    def build(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
-        return torch.sparse_compressed_tensor(
-            parts[outer], parts[inner], parts["values"], facts["size"], layout=layout, check_invariants=False
-        )
-
-    return build
-
-
-def _nested(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
-    if not facts["offsets"]:
-        return torch.nested.nested_tensor([], dtype=parts["values"].dtype)
-    sizes, strides, offsets = (torch.tensor(facts[name], dtype=torch.int64) for name in ("sizes", "strides", "offsets"))
-    sizes, strides = (t.reshape(len(facts["offsets"]), -1) for t in (sizes, strides))
-    values = parts["values"]
-    if bool((sizes < 0).any() or (strides < 0).any() or (offsets < 0).any()):
-        raise ValueError("negative sizes")
-    last = offsets + ((sizes - 1).clamp(min=0) * strides).sum(1)
-    if bool(((sizes.prod(1) > 0) & (last >= values.numel())).any()):
-        raise ValueError("its rows lie outside its values")
-    return torch._nested_view_from_buffer(values, sizes, strides, offsets)
-
-
-def _jagged(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
-    return torch.nested.nested_tensor_from_jagged(
-        parts["values"],
-        parts["offsets"],
-        parts.get("lengths"),
-        jagged_dim=facts["ragged"],
-        min_seqlen=facts["min"],
-        max_seqlen=facts["max"],
-    )
-
-
-def _quantized(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
-    dtype, size = getattr(torch, facts["dtype"]), tuple(facts["size"])
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError("not a dtype")
-    if "axis" in facts:
-        empty = torch._empty_per_channel_affine_quantized(
-            size, scales=parts["scales"], zero_points=parts["zero_points"], axis=facts["axis"], dtype=dtype
-        )
-    else:
-        empty = torch._empty_affine_quantized(size, scale=facts["scale"], zero_point=facts["zero_point"], dtype=dtype)
-    if empty.untyped_storage().nbytes() != parts["bytes"].numel():
-        raise ValueError(f"{parts['bytes'].numel()} bytes for a shape of {list(size)}")
-    storage = torch.storage.TypedStorage(wrap_storage=parts["bytes"].untyped_storage(), dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
-    return empty.set_(storage, 0, size, empty.stride())
-
-
-def _unflattened(key: str, parts: dict[str, Any], facts: dict[str, Any], allowed: type | None) -> torch.Tensor:
-    name = facts["class"]
-    cls: Any = loaded_class(name)
-    if cls is None or not issubclass(cls, torch.Tensor):
-        raise FormatError(
-            f"{key!r} is a {name}, which this process doesn't know",
-            hint="import the module that defines it before loading",
-            key=key,
-        )
-    if cls is not allowed and cls not in torch.serialization.get_safe_globals():
-        raise FormatError(
-            f"{key!r} is a {name}, a class that nobody said may be rebuilt from a file",
-            hint=f"torch.serialization.add_safe_globals([{cls.__name__}]), or load into a target that has one",
-            key=key,
-        )
-    built: torch.Tensor = cls.__tensor_unflatten__(
-        parts, facts["context"], torch.Size(facts["size"]), tuple(facts["stride"])
-    )
-    again = take_apart(key, built)
-    if type(built) is not cls or any(_address(again.parts.get(n)) != _address(part) for n, part in parts.items()):
-        raise FormatError(f"{key!r}: __tensor_unflatten__ of {name} does not wrap the tensors it is given", key=key)
-    return built
-
-
-def _address(part: Any) -> int | None:
-    return part.data_ptr() if isinstance(part, torch.Tensor) and not is_composite(part) else None
-
-
-_BUILD: dict[str, Callable[[dict[str, Any], dict[str, Any]], torch.Tensor]] = {
-    "sparse_coo": _sparse_coo,
-    **{kind: _compressed(layout) for kind, layout in _LAYOUTS.items()},
-    "nested": _nested,
-    "jagged": _jagged,
-    "quantized": _quantized,
-}
-
-
-def check(key: str, tensor: torch.Tensor) -> None:
-    """Whether a tensor that was put together is sound, now that its parts are filled: no index points outside.
-
-    Raises:
-        FormatError: it is not; names ``key``.
-    """
-    try:
-        if isinstance(tensor, Jagged):
-            offsets: torch.Tensor = tensor._offsets
-            rows = tensor._values.shape[tensor._ragged_idx - 1]
-            ends = offsets[1:] if tensor._lengths is None else offsets[:-1] + tensor._lengths
-            if int(offsets[0]) < 0 or bool((offsets.diff() < 0).any()) or bool((ends > rows).any()):
-                raise ValueError("its offsets lie outside its values")
-        elif tensor.layout is torch.sparse_coo:
-            torch._validate_sparse_coo_tensor_args(
-                tensor._indices(), tensor._values(), tensor.shape, tensor.is_coalesced()
-            )
-        elif tensor.layout in _COMPRESSED:
-            outer, inner = (getattr(tensor, name)() for name in _COMPRESSED[tensor.layout])
-            torch._validate_sparse_compressed_tensor_args(outer, inner, tensor.values(), tensor.shape, tensor.layout)
-    except (RuntimeError, ValueError) as error:
-        raise FormatError(f"{key!r} is damaged: {error!s:.200}", key=key) from error
 
 
 def can_replace(target: Composite, stored: Composite) -> bool:

@@ -24,10 +24,9 @@ import torch
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.boxes import dtype_of
 from ckptstore.dcp.geometry import overlap
-from ckptstore.dcp.parts import Part, chunks_touched, memory_of, scatter
+from ckptstore.dcp.parts import Part, Slot, chunks_touched, memory_of, scatter
 from ckptstore.dcp.sharing import ChunkId, Delivery, Readers, deliveries, windows
-from ckptstore.dcp.stored import ChunkSource
-from ckptstore.dcp.target import Slot
+from ckptstore.dcp.source import ChunkSource
 from ckptstore.errors import CkptError, IncompleteCheckpointError, IntegrityError
 from ckptstore.format.manifest import digest
 

@@ -26,9 +26,9 @@ from ckptstore.dcp.binder import bind
 from ckptstore.dcp.boxes import Box, copyable, dtype_name, dtype_of, plain
 from ckptstore.dcp.filler import Filler
 from ckptstore.dcp.foreign_pickle import MAX_METADATA_BYTES, Item, Stored, read_metadata
+from ckptstore.dcp.parts import Slot
 from ckptstore.dcp.reading import read_state
-from ckptstore.dcp.stored import ChunkSource
-from ckptstore.dcp.target import Slot
+from ckptstore.dcp.source import ChunkSource
 from ckptstore.errors import ConfigError, FormatError, IncompleteCheckpointError, NotFoundError, StateError
 from ckptstore.format import tree
 from ckptstore.format.dtypes import itemsize

@@ -15,10 +15,11 @@ import torch
 from ckptstore.dcp import union
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.filler import Filler
+from ckptstore.dcp.parts import Slot
 from ckptstore.dcp.pause import no_collections
 from ckptstore.dcp.sharing import Readers
-from ckptstore.dcp.stored import ChunkSource
-from ckptstore.dcp.target import Matched, Matcher, Slot
+from ckptstore.dcp.source import ChunkSource
+from ckptstore.dcp.target import Matched, Matcher
 from ckptstore.errors import CkptError, LoadMismatchError, SaveFailedError
 from ckptstore.types import LoadReport
 

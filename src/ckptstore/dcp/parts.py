@@ -1,4 +1,4 @@
-"""Parts: where a stored piece and a slot of the target overlap, and how chunks of the one get into the other.
+"""Slots and parts: where a stored piece and memory of the target overlap, and how chunks of the one get into the other.
 
 A chunk is a run of elements of its piece. Where it is a run of the slot's memory too it can be read straight into it,
 otherwise it is copied from a buffer, box by box.
@@ -14,10 +14,24 @@ from math import prod
 import numpy as np
 import torch
 
-from ckptstore.dcp.boxes import copyable
+from ckptstore.dcp.boxes import Box, copyable
 from ckptstore.dcp.geometry import Shape, boxes_of_run, is_run, overlap
-from ckptstore.dcp.target import Slot
 from ckptstore.format.manifest import Piece
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Memory that is to hold a box of a stored tensor.
+
+    Attributes:
+        key: dotted name in the target.
+        name: stored name.
+        box: local memory and its place in the global tensor.
+    """
+
+    key: str
+    name: str
+    box: Box
 
 
 @dataclass(frozen=True)

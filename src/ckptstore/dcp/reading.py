@@ -11,8 +11,9 @@ import torch
 
 from ckptstore.dcp.boxes import Box
 from ckptstore.dcp.loader import fill
-from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub, substitute
-from ckptstore.dcp.target import Slot
+from ckptstore.dcp.parts import Slot
+from ckptstore.dcp.source import ChunkSource
+from ckptstore.dcp.stored import MISSING, StoredState, Stub, substitute
 from ckptstore.dcp.views import NewMemory
 from ckptstore.format.tree import Composite
 

@@ -27,8 +27,8 @@ from torch.futures import Future
 
 from ckptstore.dcp.boxes import Box, dtype_of
 from ckptstore.dcp.filler import Filler
-from ckptstore.dcp.stored import ChunkSource
-from ckptstore.dcp.target import Slot
+from ckptstore.dcp.parts import Slot
+from ckptstore.dcp.source import ChunkSource
 from ckptstore.errors import FormatError
 from ckptstore.format import stock
 from ckptstore.format.stock_items import named_leaves

@@ -24,7 +24,9 @@ from ckptstore.dcp.composite_target import described, match_composite
 from ckptstore.dcp.containers import Flat, Replace, in_place, replace_tuple, replacer
 from ckptstore.dcp.markers import PerRank, Trainable
 from ckptstore.dcp.optimizer_target import match_optimizer
-from ckptstore.dcp.stored import MISSING, ChunkSource, StoredState, Stub, dotted, flatten, look_up, substitute
+from ckptstore.dcp.parts import Slot
+from ckptstore.dcp.source import ChunkSource
+from ckptstore.dcp.stored import MISSING, StoredState, Stub, dotted, flatten, look_up, substitute
 from ckptstore.dcp.views import NewMemory
 from ckptstore.dcp.walk import Walk, is_stateful
 from ckptstore.errors import FormatError, StateError
@@ -32,21 +34,6 @@ from ckptstore.format import tree
 
 Path = tuple[Any, ...]
 _FILLABLE = (torch.Tensor, nn.Module, Optimizer, Trainable, PerRank)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Memory that is to hold a box of a stored tensor.
-
-    Attributes:
-        key: dotted name in the target.
-        name: stored name.
-        box: local memory and its place in the global tensor.
-    """
-
-    key: str
-    name: str
-    box: Box
 
 
 @dataclass
@@ -366,7 +353,7 @@ class Matcher:
     def _adopt(self, key: str, stored: Any, current: Any) -> Any:
         """The stored state, with the object's own sharded tensors where it has some, new tensors elsewhere."""
         if isinstance(stored, Stub):
-            if is_sharded(current) and tuple(current.shape) == self.source.tensors[stored.name].shape:
+            if isinstance(current, DTensor) and tuple(current.shape) == self.source.tensors[stored.name].shape:
                 self.slot(key, current, stored)
                 return current
             return self.read_into_new(key, stored)
@@ -390,8 +377,3 @@ def has_fillable(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(has_fillable(below) for below in value)
     return is_stateful(value)
-
-
-def is_sharded(value: Any) -> bool:
-    """Whether this is a DTensor."""
-    return isinstance(value, DTensor)

@@ -20,7 +20,7 @@ from ckptstore.format.tree import View
 
 if TYPE_CHECKING:
     from ckptstore.dcp.binder import BoundTensor
-    from ckptstore.dcp.stored import ChunkSource
+    from ckptstore.dcp.source import ChunkSource
 
 Shape = tuple[int, ...]
 

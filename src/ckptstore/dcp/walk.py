@@ -24,6 +24,7 @@ from ckptstore.errors import StateError
 from ckptstore.format import tree
 from ckptstore.format.manifest import Json
 from ckptstore.format.names import fqn as name_of_path
+from ckptstore.format.types_base import MAX_DEPTH
 
 Kind = Literal["param", "buffer", "optim", "plain", "per_rank"]
 Path = tuple[Any, ...]
@@ -330,7 +331,7 @@ def modules_in(value: object, path: Path = ()) -> Iterator[tuple[Path, nn.Module
 
     What is nested deeper than a state may be, as one that contains itself is, is left to who encodes it to refuse.
     """
-    if isinstance(value, torch.Tensor) or len(path) > tree.MAX_DEPTH:
+    if isinstance(value, torch.Tensor) or len(path) > MAX_DEPTH:
         return
     if isinstance(value, nn.Module):
         yield path, value

@@ -13,8 +13,11 @@ from typing import Any, Protocol
 class Steps(Protocol):
     """What the fence uses of an optimizer."""
 
-    param_groups: list[dict[str, Any]]
-    state: Mapping[Any, Any]
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def state(self) -> Mapping[Any, Any]: ...
 
     def register_step_pre_hook(self, hook: Callable[..., None]) -> Any: ...
 

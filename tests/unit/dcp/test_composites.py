@@ -11,7 +11,7 @@ from memory_checkpoint import MemoryCheckpoint, save
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from ckptstore.dcp import composites
+from ckptstore.dcp import assembly, composites
 from ckptstore.dcp.loader import load_into
 from ckptstore.dcp.reading import read_state
 from ckptstore.errors import FormatError, LoadMismatchError, StateError
@@ -58,7 +58,7 @@ LIVE = {
 def test_parts_are_the_memory_of_the_tensor_and_of_what_is_put_together(name: str, trusted: Any) -> None:
     tensor = LIVE[name]()
     parts = composites.take_apart("x", tensor)
-    again = composites.take_apart("x", composites.put_together("x", parts))
+    again = composites.take_apart("x", assembly.put_together("x", parts))
     assert parts.kind == again.kind == name
     assert parts.facts == again.facts
     for key, part in parts.parts.items():

@@ -374,7 +374,7 @@ def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[int]], tuple[int,
 def test_any_box_is_filled_from_any_grid_of_pieces(grid: Any, transposed: bool) -> None:
     from ckptstore.dcp.boxes import Box
     from ckptstore.dcp.loader import fill
-    from ckptstore.dcp.target import Slot
+    from ckptstore.dcp.parts import Slot
 
     shape, cuts, offsets, extent = grid
     full = torch.arange(int(np.prod(shape)), dtype=torch.int32).reshape(shape)
@@ -388,7 +388,7 @@ def test_any_box_is_filled_from_any_grid_of_pieces(grid: Any, transposed: bool) 
 def test_only_the_rows_wanted_are_read_when_a_piece_is_larger() -> None:
     from ckptstore.dcp.boxes import Box
     from ckptstore.dcp.loader import fill
-    from ckptstore.dcp.target import Slot
+    from ckptstore.dcp.parts import Slot
 
     checkpoint = save({"x": torch.arange(64 * 1024.0).reshape(64, 1024)}, chunk_elements=1024)
     local = torch.empty(4, 1024)
