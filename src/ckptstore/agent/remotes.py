@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptstore.agent.protocol import Event
 from ckptstore.agent.uploader import Uploader
 from ckptstore.clock import Clock, parse_rfc3339
 from ckptstore.config import StoreConfig
-from ckptstore.errors import CkptError
+from ckptstore.errors import CkptError, SaveFailedError
 from ckptstore.format.manifest import RootManifest
 from ckptstore.repo import names, timings
-from ckptstore.repo.local import LocalTier
+from ckptstore.repo.local import LocalSave, LocalTier
 
 if TYPE_CHECKING:
     from ckptstore.blob.retry import Retry
@@ -58,16 +58,28 @@ class RunRemotes:
         """From now on these, with these credentials: remotes that are not named, or are elsewhere now, are left."""
         with self._condition:
             for name in [n for n, u in self.uploaders.items() if remotes.get(n) != u.url]:
-                self.uploaders.pop(name).stop()
+                uploader = self.uploaders.pop(name)
+                uploader.stop()
+                self._leave(name, uploader.waiting())
             for name, url in remotes.items():
-                uploader = self.uploaders.get(name)
-                if uploader is not None:
-                    uploader.refresh(environ, config)
+                if name in self.uploaders:
+                    self.uploaders[name].refresh(environ, config)
                     continue
                 uploader = self.uploaders[name] = Uploader(
                     self._tier, self._run, name, url, dict(environ), config, self._emit, self._completed, self._clock
                 )
                 uploader.on_retry = self._retried
+
+    def _leave(self, name: str, saves: Sequence[LocalSave]) -> None:
+        """Tell those who wait for these saves to come to a remote that nobody sends them there any more."""
+        if not saves:
+            return
+        log.warning("%d saves of %s are not sent to %s: the newest job has it no more", len(saves), self._run, name)
+        reason = f"a newer job of this run doesn't send to remote {name}"
+        hint = "give all jobs of a run the same remotes; `ckptctl push` sends what was left"
+        for save in saves:
+            error = SaveFailedError(reason, hint=hint)
+            self._emit(Event.failure(error, save_id=save.save_id, step=save.step, level="remote", remote=name))
 
     def mend(self, save_id: str) -> None:
         """Bring files that this node's copy of a save has lost back from the remotes, in a thread; once at a time."""

@@ -146,10 +146,14 @@ class Uploader:
                 return False
             return self._seen < self._news or any(upload.is_workable(now) for upload in self._uploads.values())
 
+    def waiting(self) -> list[LocalSave]:
+        """The saves that are not there yet."""
+        with self._condition:
+            return [upload.save for upload in self._uploads.values()]
+
     def pending(self) -> int:
         """How many saves wait."""
-        with self._condition:
-            return len(self._uploads)
+        return len(self._uploads)
 
     def is_settled(self) -> bool:
         """Whether the remote has everything the local tier has."""

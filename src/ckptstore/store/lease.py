@@ -14,6 +14,7 @@ from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.planner import Plan
 from ckptstore.dcp.stage import Stage
 from ckptstore.errors import CkptError, StorageError, TransientError
+from ckptstore.repo.durable import raise_for_errno
 from ckptstore.store.link import AgentLink
 
 log = logging.getLogger("ckptstore")
@@ -23,9 +24,12 @@ def told(error: Exception) -> CkptError:
     """The error as peers hear of it, who would wait for this rank otherwise; what nobody foresaw stops no training."""
     if isinstance(error, CkptError):
         return error
-    foreign = StorageError(f"unexpected {type(error).__name__}: {error}")
-    foreign.__cause__ = error
-    return foreign
+    try:
+        if isinstance(error, OSError):
+            raise_for_errno(error, "this rank can't save")
+        raise StorageError(f"unexpected {type(error).__name__}: {error}") from error
+    except CkptError as foreign:
+        return foreign
 
 
 class Taken(NamedTuple):

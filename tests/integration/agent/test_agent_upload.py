@@ -72,6 +72,17 @@ def test_a_deleted_save_is_no_longer_waited_for(node: Node) -> None:
     assert committed(node.remote) == [second]
 
 
+def test_a_job_hears_of_it_when_a_newer_one_leaves_its_remote_out(node: Node) -> None:
+    nowhere = "s3://bucket/prefix?endpoint=http://127.0.0.1:1&region=here"
+    secrets = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    trainer = node.trainer(remotes={"s3": nowhere}, environ=secrets)
+    waiting = trainer.save(1)
+    until(lambda: trainer.client.status()["runs"]["run"]["remotes"]["s3"]["queue"])
+    node.trainer()
+    data = trainer.wait("failed", waiting).data
+    assert (data["level"], data["remote"]) == ("remote", "s3")
+
+
 def test_a_part_is_complete_when_the_remote_has_all_of_them_though_nobody_said_so(node: Node) -> None:
     """All trainers and the coordinator are gone after *prepared*: the agents still bring the save home."""
     roots = [node.path / "node0", node.path / "node1"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 
 from ckptstore.clock import SYSTEM_CLOCK
-from ckptstore.errors import CredentialsError, SaveFailedError
+from ckptstore.errors import CredentialsError, NoSpaceError, SaveFailedError
 from ckptstore.store.handle import SaveHandle
 from ckptstore.types import CheckpointInfo
 
+INFO = CheckpointInfo(run="r", step=1, save_id="0123456789ab-1", created_at=SYSTEM_CLOCK.now())
+
 
 def handle(quorum: int | None, *names: str) -> SaveHandle:
-    info = CheckpointInfo(run="r", step=1, save_id="0123456789ab-1", created_at=SYSTEM_CLOCK.now())
-    made = SaveHandle(info, names, quorum)
+    made = SaveHandle(INFO, names, quorum)
     made.reach("local")
     return made
 
@@ -47,3 +48,16 @@ def test_remote_fails_when_one_refuses_and_all_are_needed() -> None:
         one.remote.result(0)
     one.reach("remote", "b")
     assert one.remotes["b"].result(0).tiers["b"] == "complete"
+
+
+def test_nobody_waits_for_a_lower_level_when_the_remote_has_it() -> None:
+    one = SaveHandle(INFO, ("a",), None)
+    one.reach("remote", "a")
+    assert one.local.result(0).tiers == {"a": "complete"}
+    assert one.staged.done()
+
+
+def test_nothing_is_waited_for_when_writing_failed_before_all_was_known_to_be_staged() -> None:
+    one = SaveHandle(INFO, ("a",), None)
+    assert one.fail(NoSpaceError("full"), "local")
+    assert all(one.done(level) for level in ("staged", "local", "remote"))
