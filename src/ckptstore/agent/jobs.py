@@ -131,6 +131,8 @@ class RunJobs:
 
     def emit(self, event: Event) -> None:
         """Tell every attached rank. Never blocks."""
+        if event.kind == "remote":
+            self.remotes.note(event)
         with self._condition:
             if event.kind == "failed":
                 self.failures += 1
@@ -138,8 +140,6 @@ class RunJobs:
                 attachment.send(event)
         for watcher in self.watchers:
             watcher.event(self.run, event)
-        if event.kind == "remote":
-            self.remotes.note(event)
 
     # ------------------------------------------------------------------ sealing
 
@@ -188,7 +188,11 @@ class RunJobs:
                 return
             job.stage = Stage.WRITING
             self.emit(Event("sealed", job.save_id, job.step))
-        threading.Thread(target=self._write, args=(job,), name=f"write-{job.save_id}", daemon=True).start()
+        try:
+            threading.Thread(target=self._write, args=(job,), name=f"write-{job.save_id}", daemon=True).start()
+        except RuntimeError as error:  # a limit of processes is reached; nobody else would ever end this save
+            with self._condition:
+                raise self._drop(job, SaveFailedError(f"the node agent can't write it: {error}")) from None
 
     def _drop(self, job: SaveJob, error: CkptError) -> CkptError:
         """Forget a save that isn't durable, and say so. Hold the condition. Returns the error."""
@@ -336,13 +340,14 @@ class RunJobs:
                 "bytes": size,
             },
         )
+        ranks = {str(rank): dict(part.request.spans) for rank, part in job.parts.items()}
+        # Before anybody hears of it: whoever has waited may take the directory away.
+        timings.note(self._tier, self.run, job.save_id, {"ranks": ranks, **written.timing})
         if written.root is not None:
             self.completed(written.root)
         else:
             shards = [shard.model_dump(mode="json") for shard in written.shards]
             self.emit(Event("prepared", job.save_id, job.step, {"shards": shards}))
-        ranks = {str(rank): dict(part.request.spans) for rank, part in job.parts.items()}
-        timings.note(self._tier, self.run, job.save_id, {"ranks": ranks, **written.timing})
         seconds = {
             rank: {stage: value for stage, value in spans.items() if isinstance(value, float)}
             for rank, spans in ranks.items()

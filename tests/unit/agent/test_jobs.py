@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -113,6 +114,38 @@ def test_a_save_is_sealed_once_every_local_rank_has(jobs: RunJobs, ranks: list[R
     assert jobs.last_local.step == 5
     assert not jobs.is_staging()
     assert jobs.is_settled()
+
+
+def test_nothing_more_is_written_for_a_save_once_its_ranks_have_heard_of_it(
+    jobs: RunJobs, ranks: list[Rank], tmp_path: Path
+) -> None:
+    seen: dict[str, bool] = {}
+    tell, note = ranks[0].attachment.send, tmp_path / "root" / "run" / "timings" / f"{SAVE}.json"
+
+    def send(event: Event) -> None:
+        seen[event.kind] = note.exists()
+        tell(event)
+
+    ranks[0].attachment.send = send
+    for rank in ranks:
+        rank.seal()
+    ranks[0].wait("local")
+    assert seen == {"sealed": False, "local": True}
+
+
+def test_a_save_fails_when_there_can_be_no_thread_to_write_it(
+    jobs: RunJobs, ranks: list[Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks[1].seal()
+    with monkeypatch.context() as poor:
+        poor.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(SaveFailedError, match="can't start new thread"):
+            ranks[0].seal()
+    assert ranks[1].wait("failed").save_id == SAVE
+    assert not jobs.is_staging()
+    for rank in ranks:
+        rank.seal("0123456789ab-2")
+    ranks[0].wait("local", "-2")
 
 
 @pytest.mark.parametrize("lost", [0, 1])
