@@ -13,7 +13,6 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from typing import Any
@@ -24,10 +23,11 @@ import torch
 from ckptstore.dcp.agreement import Agreement
 from ckptstore.dcp.boxes import dtype_of
 from ckptstore.dcp.geometry import overlap
+from ckptstore.dcp.giving import Giver, Parcels
 from ckptstore.dcp.parts import Part, Slot, chunks_touched, memory_of, scatter
 from ckptstore.dcp.sharing import ChunkId, Delivery, Readers, deliveries, windows
 from ckptstore.dcp.source import ChunkSource
-from ckptstore.errors import CkptError, IncompleteCheckpointError, IntegrityError
+from ckptstore.errors import IncompleteCheckpointError, IntegrityError
 from ckptstore.format.manifest import digest
 
 #: Plain bytes being read at a time, by all threads together: each reads its share in one batch. Few large requests cost
@@ -38,17 +38,6 @@ _LEAST_BATCH_BYTES = 8 << 20
 PEER = "peer"
 #: Longest time between two signs of life of a rank that is busy loading.
 _BEAT_S = 0.5
-_WINDOW_READERS = 4
-
-
-@dataclass(frozen=True)
-class _Parcels:
-    """What this rank gives in one window: ``give`` is by taker, ``views`` shows each chunk in it once."""
-
-    give: torch.Tensor
-    given: list[int]
-    views: dict[ChunkId, memoryview]
-    reads: list[Future[dict[ChunkId, str]]]
 
 
 class Filler:
@@ -76,7 +65,6 @@ class Filler:
         self._lock = threading.Lock()
         self._parts: dict[ChunkId, list[Part]] = {}
         self._damaged: set[ChunkId] = set()  # on this node's disk
-        self._is_cut_off = False  # this rank can't reach what it should read for others
         self.touched: set[str] = set()
         self.bytes_by_source: Counter[str] = Counter()
 
@@ -108,22 +96,31 @@ class Filler:
         """
         chunks, agreement, readers = sorted(self._parts), self._agreement, self._readers
         if agreement is None or readers is None:
-            self._round(chunks, [], threads)
+            self._round(chunks, [], threads, None)
             return
         absent = [chunk for chunk in chunks if not readers.is_here(agreement.rank, chunk[0])]
-        damaged = self._round(chunks, self._shared(agreement, readers, absent), threads, nearby=readers)
-        if damaged is None:
-            return
-        found = self._shared(agreement, readers, damaged)
-        self._damaged.update(damaged)
-        self._round(damaged, found, threads)
+        with Giver(self._source, agreement.rank, agreement.world_size) as giver:
+            found = self._shared(agreement, readers, absent)
+            damaged = self._round(chunks, found, threads, giver, nearby=readers)
+            if damaged is None:
+                return
+            found = self._shared(agreement, readers, damaged)
+            self._damaged.update(damaged)
+            self._round(damaged, found, threads, giver)
 
     def _round(
-        self, chunks: Sequence[ChunkId], found: list[Delivery], threads: int, *, nearby: Readers | None = None
+        self,
+        chunks: Sequence[ChunkId],
+        found: list[Delivery],
+        threads: int,
+        giver: Giver | None,
+        *,
+        nearby: Readers | None = None,
     ) -> list[ChunkId] | None:
         """Collective, with others. Read these chunks, of which those of ``found`` travel.
 
         Args:
+            giver: reads for others; None where nothing travels.
             nearby: what is on this node's disk is read from there alone.
 
         Returns:
@@ -144,7 +141,7 @@ class Filler:
         try:
             futures = [pool.submit(read, batch) for batch in batches]
             if self._agreement is not None:
-                left = self._share(self._agreement, found, futures)
+                left = self._share(self._agreement, giver, found, futures) if giver is not None else set()
                 rest = self._batched(sorted(left), _LEAST_BATCH_BYTES)
                 futures += [pool.submit(self._read_at_last, [mine[chunk] for chunk in batch]) for batch in rest]
                 is_whole = self._attend(self._agreement, futures, futures)
@@ -234,23 +231,19 @@ class Filler:
         wants = [np.frombuffer(data, dtype=np.int32).reshape(-1, 3).tolist() for data in everybody]
         return deliveries([[(a, b, c) for a, b, c in chunks] for chunks in wants], readers, self._size_of)
 
-    def _share(self, agreement: Agreement, found: list[Delivery], own: Sequence[Future[Any]]) -> set[ChunkId]:
+    def _share(
+        self, agreement: Agreement, giver: Giver, found: list[Delivery], own: Sequence[Future[Any]]
+    ) -> set[ChunkId]:
         """Collective. Give and take, window by window; returns the chunks that arrived damaged or not at all."""
         rounds = windows(found)
         left: set[ChunkId] = set()
-        pool = ThreadPoolExecutor(_WINDOW_READERS, thread_name_prefix="ckptstore-share")
-        try:
-            ahead = deque((window, self._pack(window, pool)) for window in islice(rounds, 2))
-            while ahead:
-                window, parcels = ahead.popleft()
-                if not self._attend(agreement, parcels.reads, own):
-                    break
-                sources = {chunk: source for read in parcels.reads for chunk, source in read.result().items()}
-                self._fan_out(window, parcels)
-                left |= self._trade(agreement, window, parcels, sources)
-                ahead.extend((window, self._pack(window, pool)) for window in islice(rounds, 1))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        ahead = deque((window, giver.pack(window)) for window in islice(rounds, 2))
+        while ahead:
+            window, parcels = ahead.popleft()
+            if not self._attend(agreement, parcels.reads, own):
+                break
+            left |= self._trade(agreement, window, parcels, parcels.complete())
+            ahead.extend((window, giver.pack(window)) for window in islice(rounds, 1))
         return left
 
     def _attend(self, agreement: Agreement, until: Sequence[Future[Any]], own: Sequence[Future[Any]]) -> bool:
@@ -267,61 +260,8 @@ class Filler:
             wait([future for future in until if not future.done()], timeout=pause)
             pause = min(2 * pause, _BEAT_S)
 
-    def _pack(self, window: list[Delivery], pool: ThreadPoolExecutor) -> _Parcels:
-        """Start reading what this rank gives in this window."""
-        assert self._agreement is not None
-        rank, world_size = self._agreement.rank, self._agreement.world_size
-        mine = [delivery for delivery in window if delivery.sender == rank]
-        given = [sum(d.size_bytes for d in mine if r in d.takers and r != rank) for r in range(world_size)]
-        give = torch.empty(sum(given), dtype=torch.uint8)
-        data = give.numpy().data
-        views: dict[ChunkId, memoryview] = {}
-        at = 0
-        for taker in range(world_size):
-            for delivery in mine if taker != rank else ():
-                if taker in delivery.takers:
-                    views.setdefault(delivery.chunk, data[at : at + delivery.size_bytes])
-                    at += delivery.size_bytes
-        for delivery in mine:
-            if delivery.chunk not in views:
-                views[delivery.chunk] = np.empty(delivery.size_bytes, np.uint8).data
-        reads = [pool.submit(self._read_for_others, batch) for batch in _split(list(views.items()))]
-        return _Parcels(give, given, views, reads)
-
-    def _read_for_others(self, batch: list[tuple[ChunkId, memoryview]]) -> dict[ChunkId, str]:
-        """Read these into their views; returns the source of each that could be read.
-
-        The takers notice what could not, and look for it themselves.
-        """
-        if self._is_cut_off:
-            return {}
-        try:
-            sources = self._source.read_batch([(*chunk, out) for chunk, out in batch])
-        except IntegrityError:
-            if len(batch) == 1:
-                return {}
-            return {chunk: source for one in batch for chunk, source in self._read_for_others([one]).items()}
-        except CkptError:
-            self._is_cut_off = True  # to find that out once took all the tries there are; the takers will say why
-            return {}
-        return {chunk: source for (chunk, _), source in zip(batch, sources, strict=True)}
-
-    def _fan_out(self, window: list[Delivery], parcels: _Parcels) -> None:
-        """Copy each chunk from the first taker's stretch of ``give`` to those of the others."""
-        assert self._agreement is not None
-        data = parcels.give.numpy().data
-        at = 0
-        for taker in range(self._agreement.world_size):
-            for delivery in window if taker != self._agreement.rank else ():
-                if delivery.sender == self._agreement.rank and taker in delivery.takers:
-                    place = data[at : at + delivery.size_bytes]
-                    at += delivery.size_bytes
-                    first = parcels.views[delivery.chunk]
-                    if np.frombuffer(first, np.uint8).ctypes.data != np.frombuffer(place, np.uint8).ctypes.data:
-                        place[:] = first
-
     def _trade(
-        self, agreement: Agreement, window: list[Delivery], parcels: _Parcels, sources: dict[ChunkId, str]
+        self, agreement: Agreement, window: list[Delivery], parcels: Parcels, sources: dict[ChunkId, str]
     ) -> set[ChunkId]:
         """Collective. One window changes hands; returns the chunks for this rank that are not what they should be."""
         rank = agreement.rank
@@ -367,21 +307,6 @@ class Filler:
                 hint=error.hint,
                 **error.context,
             ) from error
-
-
-def _split(views: list[tuple[ChunkId, memoryview]]) -> Iterator[list[tuple[ChunkId, memoryview]]]:
-    """As many batches as threads read a window, each of neighbours."""
-    limit = max(1, sum(view.nbytes for _, view in views) // _WINDOW_READERS)
-    batch: list[tuple[ChunkId, memoryview]] = []
-    size = 0
-    for chunk, view in sorted(views, key=lambda item: item[0]):
-        batch.append((chunk, view))
-        size += view.nbytes
-        if size >= limit:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _last_of_each_memory(slots: list[Slot]) -> list[Slot]:
