@@ -199,6 +199,23 @@ def test_damaged_manifest_is_passed_over_and_reported_when_an_older_one_is_good(
             store.load(target)
 
 
+def test_the_newer_of_two_jobs_goes_on_when_the_agent_was_lost_and_the_older_comes_back(tmp_path: Path) -> None:
+    older, newer = (CheckpointStore(tmp_path / "store", config=QUICK) for _ in range(2))
+    older.save(state(1), 1, wait="local")
+    newer.save(state(2), 2, wait="local")
+    clients = [store._session.link.client for store in (older, newer) if store._session is not None]
+    os.kill(clients[0].agent_pid, signal.SIGKILL)
+    while not all(client.is_lost for client in clients):
+        time.sleep(0.01)
+    for step in (3, 5):
+        newer.save(state(step), step, wait="local")
+        with pytest.raises(errors.LockedError, match="newer job has taken over"):
+            older.save(state(step + 1), step + 1)
+    newer.close()
+    older.close()
+    assert [info.step for info in older.checkpoints()] == [1, 2, 3, 5]
+
+
 def test_no_room_at_the_first_save_stops_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine, refusals = AgentClient.connect, [errors.NoSpaceError("no room"), errors.TransientError("not now")]
 

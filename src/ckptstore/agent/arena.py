@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -52,6 +52,14 @@ class Arena:
     pages: tuple[Pages, ...]
     image_bytes: int = 0
     is_on_disk: bool = False
+
+    @classmethod
+    def lent(cls, answer: Mapping[str, Any], fds: Sequence[int]) -> Arena:
+        """Map what the agent has lent with this answer."""
+        generations = tuple(map_shared(fd, size) for fd, size in zip(fds, answer["capacity_bytes"], strict=True))
+        pages = tuple(Pages(memory) for memory in generations)
+        starts = tuple(answer["starts"])
+        return cls(answer["layout_id"], starts, generations, pages, answer["image_bytes"], answer["is_on_disk"])
 
 
 class State(str, Enum):

@@ -22,7 +22,6 @@ from typing import Any
 
 from ckptstore.agent.arena import Arena
 from ckptstore.agent.conversation import Answer, Conversation, EventCallback, greet
-from ckptstore.agent.pages import Pages, map_shared
 from ckptstore.agent.protocol import (
     Channel,
     Event,
@@ -83,6 +82,7 @@ class AgentClient:
         config: StoreConfig,
         on_event: EventCallback,
         rank: int | None = None,
+        begun: float = 0.0,
     ) -> AgentClient:
         """Attach as one rank, starting the agent of ``root`` if there is none. Local; blocks a fraction of a second.
 
@@ -95,21 +95,22 @@ class AgentClient:
             config: ``agent_start_timeout_s`` bounds this call.
             on_event: called in a thread of the client's, one event at a time; may call the client.
             rank: the global rank, if known already.
+            begun: when the job began, in seconds since 1970, if known: of two jobs in one run the newer one stays.
 
         Raises:
             TransientError: no agent within the time.
             ConfigError: an agent of another version is busy, or the runtime directory can't be used.
             StorageError: the agent could not start, or can't use the root.
+            LockedError: a newer job has taken over the run.
         """
         deadline = time.monotonic() + config.agent_start_timeout_s
         while True:
             client, left = cls._open(root, on_event, deadline=deadline), deadline - time.monotonic()
             if client is None:
                 if left <= 0:
-                    raise TransientError(
-                        f"no agent of {root} within {config.agent_start_timeout_s} s",
-                        hint="`ckptctl agent logs` says why; StoreConfig(agent_start_timeout_s=...) waits longer",
-                    )
+                    said = f"no agent of {root} within {config.agent_start_timeout_s} s"
+                    hint = "`ckptctl agent logs` says why; StoreConfig(agent_start_timeout_s=...) waits longer"
+                    raise TransientError(said, hint=hint)
                 idle_exit_seconds = config.agent_idle_exit_seconds
                 start_agent(root, RuntimeDir.of(root), idle_exit_seconds=idle_exit_seconds, timeout_s=left)
                 client = cls._open(root, on_event, deadline=deadline)
@@ -124,6 +125,7 @@ class AgentClient:
                     run=run,
                     slot=slot,
                     rank=rank,
+                    begun=begun,
                     remotes=dict(remotes),
                     environ={**environ, **_hook_environment(config)},
                     config=config.model_dump(mode="json"),
@@ -200,18 +202,9 @@ class AgentClient:
             {"op": "layout", "pieces": pieces_to_wire(pieces), "timeout_s": wait}, wait + ANSWER_TIMEOUT_S + SLACK_S
         )
         try:
-            sizes = answer["capacity_bytes"]
-            generations = tuple(map_shared(fd, size) for fd, size in zip(fds, sizes, strict=True))
+            arena = Arena.lent(answer, fds)
         finally:
             close_fds(fds)
-        arena = Arena(
-            answer["layout_id"],
-            tuple(answer["starts"]),
-            generations,
-            tuple(Pages(memory) for memory in generations),
-            answer["image_bytes"],
-            answer["is_on_disk"],
-        )
         with self._lock:
             self._arena = arena
         return arena

@@ -210,6 +210,7 @@ class Connection:
             config=config,
             remotes=dict(request["remotes"]),
             environ=dict(request["environ"]),
+            begun=float(request.get("begun", 0.0)),
         )
         log.info("pid %d attached as slot %d of %s", self._pid, slot, run)
         return {}, []

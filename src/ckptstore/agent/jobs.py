@@ -83,12 +83,17 @@ class RunJobs:
         config: StoreConfig,
         remotes: Mapping[str, str],
         environ: Mapping[str, str],
+        begun: float = 0.0,
     ) -> Attachment:
-        """Make a connection the owner of a slot. Newest wins: slot, configuration, remotes and credentials."""
+        """Make a connection the owner of a slot. Newest wins: slot, configuration, remotes and credentials.
+
+        Raises:
+            LockedError: a job that began later is here.
+        """
         with self._condition:
-            self.config = config
             folder = self._tier.root if config.stage_on_disk else None
-            attachment = self.slots.attach(slot, send, is_gone, rank=rank, folder=folder)
+            attachment = self.slots.attach(slot, send, is_gone, rank=rank, folder=folder, begun=begun)
+            self.config = config
             self._condition.notify_all()
         self.remotes.refresh(remotes, environ, config)
         return attachment

@@ -16,6 +16,7 @@ from typing import Any
 from ckptstore.agent.arena import Slot, State
 from ckptstore.agent.protocol import Event
 from ckptstore.clock import Clock
+from ckptstore.errors import LockedError
 from ckptstore.format.manifest import Json
 
 
@@ -26,6 +27,7 @@ class Attachment:
     Attributes:
         is_gone: whether its process has ended, so that nothing of it writes into the arena any more.
         rank: learned from its seals unless it was told.
+        begun: when its job began, in seconds since 1970; 0: unknown.
     """
 
     run: str
@@ -33,6 +35,7 @@ class Attachment:
     send: Callable[[Event], None]
     is_gone: Callable[[], bool]
     rank: int | None = None
+    begun: float = 0.0
     last: tuple[str, int] | None = None
     """save_id and step of its last seal."""
     tree: Json | None = None
@@ -79,18 +82,27 @@ class Slots:
         *,
         rank: int | None,
         folder: Path | None,
+        begun: float,
     ) -> Attachment:
         """Make a connection the owner of a slot, whoever had it.
 
         Args:
             folder: on the disk that stands in when memory is short; None: nothing does.
+
+        Raises:
+            LockedError: of a job that is older than one that is here. It only comes back because the agent was lost.
         """
+        if 0.0 < begun < max((other.begun for other in self.attached if not other.is_gone()), default=0.0):
+            raise LockedError(
+                f"a newer job has taken over run {self._run}",
+                hint="stop this job; or load a checkpoint, or use another run, to go on in a line of its own",
+            )
         slot = self._slots.setdefault(index, Slot(self._condition, self._run, index))
         slot.folder = folder
         if isinstance(slot.owner, Attachment):
             # If it lives it has the memory mapped, and may be in the middle of a copy.
             self._vacate(slot, slot.owner, is_gone=slot.owner.is_gone())
-        attachment = Attachment(self._run, slot, send, is_gone, rank)
+        attachment = Attachment(self._run, slot, send, is_gone, rank, begun)
         slot.owner, slot.rank = attachment, rank
         self._lost.discard(index)
         self.attached.add(attachment)

@@ -61,6 +61,7 @@ class AgentLink:
     Args:
         root, run, remotes, config: of the store.
         committed: remote name -> save_ids it holds, looked up after an agent was lost.
+        begun: when the job began, in seconds since 1970.
 
     Attributes:
         handles: save_id -> handle of the saves that are followed, oldest first.
@@ -77,6 +78,7 @@ class AgentLink:
         remotes: Mapping[str, str],
         config: StoreConfig,
         committed: Callable[[], Mapping[str, set[str]]],
+        begun: float = 0.0,
     ) -> None:
         self.handles: dict[str, SaveHandle] = {}
         self.topology = Topology(0, 1, (rank,))  # until the agents are known; events may come before
@@ -84,6 +86,7 @@ class AgentLink:
         self.relay: NodeRelay | None = None
         self._root, self._run, self._rank = root, run, rank
         self._remotes, self._config, self._committed = remotes, config, committed
+        self._begun = begun
         self._client: AgentClient | None = None
         self._line: object | None = None  # stands for one connection; a handle waits for the word of one
         self._unsure: set[str] = set()
@@ -111,6 +114,7 @@ class AgentLink:
                 config=self._config,
                 on_event=lambda event: self._on_event(event, line),
                 rank=self._rank,
+                begun=self._begun,
             )
             self._client, self._line = client, line
 

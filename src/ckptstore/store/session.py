@@ -73,9 +73,9 @@ class Session:
         self.root, self.run, self.remotes = root, run, dict(remotes)
         self.agreement = agreement
         self.rank, self.world_size = self.agreement.rank, self.agreement.world_size
+        mine = {"job": new_nonce(), "begun": SYSTEM_CLOCK.now().timestamp(), "config": config.model_dump()}
         terms: dict[str, Any] = self.agreement.broadcast(
-            {"job": new_nonce(), "config": config.model_dump(), "run": run, "remotes": sorted(remotes)},
-            what="starting to save",
+            {**mine, "run": run, "remotes": sorted(remotes)}, what="starting to save"
         )
         self.config = StoreConfig(**terms["config"])
         self.job: str = terms["job"]
@@ -84,7 +84,13 @@ class Session:
         self._preparer = Preparer(agreement, check_replicas=self.config.check_replicas)
         self._counter = 0
         self.link = AgentLink(
-            root, run=run, rank=self.rank, remotes=self.remotes, config=self.config, committed=committed
+            root,
+            run=run,
+            rank=self.rank,
+            remotes=self.remotes,
+            config=self.config,
+            committed=committed,
+            begun=terms["begun"],
         )
         self._lease = Lease(self.link, agreement, self.config)
         error: CkptError | None = None

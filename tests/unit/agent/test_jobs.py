@@ -19,7 +19,7 @@ from ckptstore.agent.runtime import RuntimeDir
 from ckptstore.agent.slots import Attachment
 from ckptstore.clock import ManualClock
 from ckptstore.config import StoreConfig
-from ckptstore.errors import CheckpointNotFoundError, ConfigError, SaveFailedError
+from ckptstore.errors import CheckpointNotFoundError, ConfigError, LockedError, SaveFailedError
 from ckptstore.format.manifest import Summary
 from ckptstore.format.stock import PieceSpec
 from ckptstore.repo.local import LocalTier
@@ -131,6 +131,21 @@ def test_nothing_more_is_written_for_a_save_once_its_ranks_have_heard_of_it(
         rank.seal()
     ranks[0].wait("local")
     assert seen == {"sealed": False, "local": True}
+
+
+def test_a_job_that_comes_back_takes_nothing_from_a_newer_one(jobs: RunJobs) -> None:
+    def attach(begun: float, is_gone: bool = False) -> Attachment:
+        return jobs.attach(
+            0, lambda _: None, lambda: is_gone, rank=0, config=jobs.config, remotes={}, environ={}, begun=begun
+        )  # fmt: skip
+
+    newer = attach(2.0)
+    with pytest.raises(LockedError, match="newer job"):
+        attach(1.0)
+    newer.slot.check_owner(newer)
+    assert attach(2.0) is newer.slot.owner, "another connection of the same job"
+    attach(3.0, is_gone=True)
+    attach(2.0)
 
 
 def test_a_save_fails_when_there_can_be_no_thread_to_write_it(
