@@ -77,8 +77,11 @@ class Safety:
 
 def command() -> str:
     """How this job was started, as far as a worker can know."""
+    import builtins
     import os
 
+    if hasattr(builtins, "__IPYTHON__") or hasattr(sys, "ps1"):
+        return "continue by running this again"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "continue with the same torchrun command"
     return f"continue with: {shlex.join(sys.orig_argv)}"

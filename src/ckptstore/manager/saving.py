@@ -196,7 +196,7 @@ class Saver:
         ahead = forecast(
             _free_bytes(self._store.local),
             self._keeper.save_bytes,
-            step=occasion.step,
+            step=self._progress.last_step or 0,  # this save is the first of those that are to fit
             steps_per_save=occasion.step - (self._progress.last_step or 0),
             kept=self._keeper.kept,
             limit=self._retention.limit,

@@ -42,6 +42,7 @@ def forecast(
 
     Args:
         save_bytes: size of one checkpoint; 0 if unknown.
+        step: of the last save.
         steps_per_save: steps between saves.
         kept: checkpoints on the disk now.
         limit: most that retention keeps; None: it grows with the run.

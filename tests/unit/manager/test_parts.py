@@ -21,6 +21,7 @@ from ckptstore.manager.children import ChildWatch
 from ckptstore.manager.emergency import OptimizerGuard
 from ckptstore.manager.grace import end_of_allocation, grace_of
 from ckptstore.manager.options import check_signals, open_store, run_name
+from ckptstore.manager.safety import command
 from ckptstore.ops.settings import Settings
 from ckptstore.store import CheckpointStore
 
@@ -146,6 +147,13 @@ def test_a_mistake_in_the_file_is_named_with_the_file(tmp_path: Path, text: str,
     with pytest.raises(ConfigError) as found:
         Settings.read({}, tmp_path).config()
     assert f"{tmp_path / 'ckptstore.toml'}: {said}" in str(found.value)
+
+
+def test_what_continues_a_job_is_a_command_except_where_somebody_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.orig_argv", ["python", "train.py", "--name", "my run"])
+    assert command() == "continue with: python train.py --name 'my run'"
+    monkeypatch.setattr("builtins.__IPYTHON__", True, raising=False)
+    assert command() == "continue by running this again"
 
 
 def test_arguments_count_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
