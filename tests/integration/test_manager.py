@@ -154,7 +154,7 @@ def test_plain_values_come_back_and_changes_are_said(tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.INFO, logger="ckptstore"):
         assert fewer.resume().state["best"] == 3
     assert "not tracked now: array, meter, seen" in caplog.text, "values come back all the same"
-    assert re.search(r"resumed step 1 \((local|arena), \d+ s ago\)", caplog.text)
+    assert re.search(r"resumed step 1 \((local|memory), \d+ s ago\)", caplog.text)
 
 
 @pytest.mark.parametrize(

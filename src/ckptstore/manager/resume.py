@@ -165,9 +165,10 @@ def age(when: datetime) -> str:
 
 
 def source(info: CheckpointInfo) -> str:
-    """Where most bytes came from."""
+    """Where most bytes came from; ``memory`` is the node agent's."""
     taken = dict(info.report.bytes_by_source) if info.report else {}
-    return max(taken, key=lambda name: taken[name]) if taken else next(iter(info.tiers), "nowhere")
+    place = max(taken, key=lambda name: taken[name]) if taken else next(iter(info.tiers), "nowhere")
+    return "memory" if place == "arena" else place
 
 
 def check_mode(resume: StepLike) -> StepLike:
