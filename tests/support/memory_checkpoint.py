@@ -89,6 +89,7 @@ class MemoryCheckpoint:
         self.tree = self.shards[0].tree
         self.aliases = dict(self.shards[0].aliases)
         self.reads: Counter[str] = Counter()
+        self._chunks: dict[int, tuple[ShardManifest, Any]] = {}
 
     @classmethod
     def open(cls, folder: Path) -> MemoryCheckpoint:
@@ -107,7 +108,10 @@ class MemoryCheckpoint:
         return [(r, i, p) for r, s in self.shards.items() for i, p in enumerate(s.pieces) if p.fqn == fqn]
 
     def chunks(self, rank: int, piece_index: int) -> Any:
-        return chunks_of(self.shards[rank])[piece_index]
+        shard = self.shards[rank]
+        if rank not in self._chunks or self._chunks[rank][0] is not shard:
+            self._chunks[rank] = shard, chunks_of(shard)
+        return self._chunks[rank][1][piece_index]
 
     def read_batch(self, wanted: Any) -> list[str]:
         return [self.read_chunk(*one) for one in wanted]

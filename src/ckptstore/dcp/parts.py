@@ -108,4 +108,6 @@ def scatter(part: Part, start: int, data: memoryview) -> None:
         where, extent = common
         source = run[tuple(slice(w - o, w - o + e) for w, o, e in zip(where, offsets, extent, strict=True))]
         target = box.local[tuple(slice(w + s, w + s + e) for w, s, e in zip(where, shift, extent, strict=True))]
-        copyable(target).copy_(copyable(source))
+        target, source = copyable(target), copyable(source)
+        # Converted first: torch copies float16 into a negated float32 view with the wrong sign.
+        target.copy_(source if source.dtype == target.dtype else source.to(target.dtype))

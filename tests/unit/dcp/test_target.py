@@ -66,6 +66,13 @@ def test_lenient_loading_fills_what_fits_and_reports_the_rest() -> None:
     assert report.cast == {"m.a": ("float32", "float64")}
 
 
+def test_lenient_loading_converts_into_a_negated_view() -> None:
+    target = torch.zeros(1, dtype=torch.complex64).conj().imag
+    assert target.is_neg()
+    load_into({"a": target}, save({"a": torch.tensor([40.0], dtype=torch.float16)}), strict=False)
+    assert target.item() == 40.0
+
+
 def test_a_wrong_shape_is_an_error_even_when_lenient() -> None:
     with pytest.raises(LoadMismatchError, match=r"m\.a"):
         load_into({"m": {"a": torch.zeros(3)}}, save({"m": {"a": torch.ones(2)}}), strict=False)
