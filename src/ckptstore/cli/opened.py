@@ -15,7 +15,7 @@ def opened(settings: Settings, *, with_remote: bool = False, must_exist: bool = 
     """The place behind STORE; a local one together with its remote where the verb wants both."""
     store = settings.store_or_environment
     if store is None:
-        raise ConfigError("no store named", hint="give STORE, or set CKPTSTORE_LOCAL, CKPTSTORE_REMOTE or ckptstore.toml")
+        raise ConfigError("no store named", hint="give STORE, CKPTSTORE_LOCAL or CKPTSTORE_REMOTE, or a ckptstore.toml")
     settings.run = settings.run_or_environment
     remote = settings.remote
     if remote is None and with_remote and not is_url(store):

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from ckptstore.logs import wants_json
+
 F = TypeVar("F", bound=Callable[..., Any])
 #: A function on its way to :func:`verb`; click's decorators keep no more of its type.
 Wrapped: TypeAlias = Callable[..., Any]
@@ -87,7 +89,7 @@ def shared_options(function: F) -> Any:
                 setattr(settings, name, value)
         if settings.verbose:
             _talk()
-        elif not settings.quiet and sys.stderr.isatty():
+        elif not settings.quiet and not wants_json() and sys.stderr.isatty():
             _say_once_that_it_waits()
         return function(**kwargs)
 

@@ -94,7 +94,7 @@ def open_place(store: str | None, remote: str | None = None, *, must_exist: bool
         NoStoreError: there is no store.
     """
     if store is None and remote is None:
-        raise ConfigError("no store named", hint="give STORE, or set CKPTSTORE_LOCAL, CKPTSTORE_REMOTE or ckptstore.toml")
+        raise ConfigError("no store named", hint="give STORE, CKPTSTORE_LOCAL or CKPTSTORE_REMOTE, or a ckptstore.toml")
     urls = [text for text in (store, remote) if text is not None and is_url(text)]
     local = LocalTier(Path(store).absolute()) if store is not None and not is_url(store) else None
     if remote is not None and not is_url(remote):

@@ -71,6 +71,7 @@ def test_somebody_at_a_terminal_is_told_once_why_nothing_happens(
 
     retries = logging.getLogger("ckptstore.blob.retry")
     monkeypatch.setattr(retries, "handlers", [])
+    monkeypatch.setattr(retries, "propagate", False)
     monkeypatch.setattr(retries, "level", retries.level)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with pytest.raises(SystemExit, match="0"):
