@@ -108,6 +108,37 @@ def test_what_no_guarded_optimizer_steps_is_copied_at_once(tmp_path: Path, monke
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate's: an optimizer by class, with neither hooks nor state of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+def test_an_optimizer_in_a_thin_wrapper_is_guarded(tmp_path: Path) -> None:
+    model, optimizer = training()
+    wrapped = Wrapper(optimizer)
+    with CheckpointStore(tmp_path / "store", config=OVERLAP) as store:
+        store.guard(wrapped)
+        store.guard(wrapped)
+        one_step(model, wrapped)
+        before = values(model, optimizer)
+        handle = store.save({"model": model, "optimizer": wrapped}, 1)
+        one_step(model, wrapped)
+        handle.wait("local", 30)
+        store.load({"model": model, "optimizer": wrapped}, 1)
+        assert all(torch.equal(a, b) for a, b in zip(values(model, optimizer), before, strict=True))
+
+
 def test_nothing_is_copied_in_the_background_when_no_optimizer_is_guarded(tmp_path: Path) -> None:
     model, optimizer = training()
     with CheckpointStore(tmp_path / "store", config=OVERLAP) as store:

@@ -236,7 +236,9 @@ class CheckpointStore(RunCheckpoints):
         """
         if not self.config.overlap:
             raise ConfigError("guard needs overlapping copies", hint="open the store with StoreConfig(overlap=True)")
-        self._fence.guard(optimizer)
+        from ckptstore.dcp.optimizers import unwrapped
+
+        self._fence.guard(unwrapped(optimizer))
 
     # -- loading --------------------------------------------------------------------------------------------------
 
