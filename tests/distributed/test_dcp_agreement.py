@@ -22,7 +22,7 @@ from ranks import DEAD, run_ranks
 from ckptstore.errors import SaveFailedError, StateError
 
 
-def test_words_reach_every_rank() -> None:
+def test_words_reach_every_rank_whatever_the_default_device() -> None:
     gathered = [{"r": r, "pad": "x" * r} for r in range(3)]
     assert run_ranks(3, words) == [(["b"], ["x"], (1,), gathered, "from 1")] * 3
 

@@ -361,6 +361,7 @@ def break_in_the_middle(rank: int, deadline_s: float) -> list[str]:
 
 def words(rank: int) -> Any:
     """The helpers, plainly."""
+    torch.set_default_device("meta")  # of no concern to the ranks' words
     agreement = Agreement(deadline_s=10)
     outcome = agreement.agree(
         same={"a": 5, "b": rank}, flags={"x": rank == 2, "y": False}, sets=[7, rank if rank != 1 else None, None]

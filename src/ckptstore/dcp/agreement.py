@@ -33,6 +33,8 @@ _ROLL_CALL_S = 2.0
 _VOTES_MULTIPLE = 128
 #: How long a closing agreement waits for the answer to a question that is under way.
 _ANSWER_S = 1.0
+#: Where gloo wants its tensors, whatever the job has for a default device.
+_HOST = torch.device("cpu")
 _ABSENT = torch.iinfo(torch.int64).min
 #: What becomes of a meeting; whoever says so first decides it for all.
 _MET, _MISSED = "met", "missed"
@@ -135,7 +137,7 @@ class Agreement:
         """
         if self.world_size == 1:
             return lambda: list(values)
-        tensor = torch.tensor(list(values), dtype=torch.int64)
+        tensor = torch.tensor(list(values), dtype=torch.int64, device=_HOST)
         options: Any = dist.AllreduceOptions()
         options.reduceOp, options.timeout = dist.ReduceOp.MAX, timedelta(seconds=timeout_s)
         work = self._guarded("asking the ranks for news", lambda pg: pg.allreduce([tensor], options))
@@ -347,7 +349,7 @@ def _differ(top: int, negated_bottom: int) -> bool:
 
 
 def _max(pg: Any, votes: list[int]) -> list[int]:
-    tensor = torch.tensor(votes, dtype=torch.int64)
+    tensor = torch.tensor(votes, dtype=torch.int64, device=_HOST)
     options: Any = dist.AllreduceOptions()
     options.reduceOp = dist.ReduceOp.MAX
     pg.allreduce([tensor], options).wait()
@@ -356,10 +358,10 @@ def _max(pg: Any, votes: list[int]) -> list[int]:
 
 def _all_bytes(pg: Any, data: bytes) -> list[bytes]:
     world_size = pg.size()
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
-    pg.allgather([sizes], [torch.tensor([len(data)], dtype=torch.int64)]).wait()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=_HOST) for _ in range(world_size)]
+    pg.allgather([sizes], [torch.tensor([len(data)], dtype=torch.int64, device=_HOST)]).wait()
     longest = max(int(size) for size in sizes)
-    mine = torch.zeros(max(longest, 1), dtype=torch.uint8)
+    mine = torch.zeros(max(longest, 1), dtype=torch.uint8, device=_HOST)
     mine[: len(data)] = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
     parts = [torch.zeros_like(mine) for _ in range(world_size)]
     pg.allgather([parts], [mine]).wait()

@@ -47,7 +47,12 @@ def put_together(key: str, stored: Composite, allowed: type | None = None) -> to
 
 def _sparse_coo(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
     return torch.sparse_coo_tensor(
-        parts["indices"], parts["values"], facts["size"], is_coalesced=facts["coalesced"], check_invariants=False
+        parts["indices"],
+        parts["values"],
+        facts["size"],
+        device=parts["values"].device,
+        is_coalesced=facts["coalesced"],
+        check_invariants=False,
     )
 
 
@@ -56,7 +61,13 @@ def _compressed(layout: torch.layout) -> Callable[[dict[str, Any], dict[str, Any
 
     def build(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
         return torch.sparse_compressed_tensor(
-            parts[outer], parts[inner], parts["values"], facts["size"], layout=layout, check_invariants=False
+            parts[outer],
+            parts[inner],
+            parts["values"],
+            facts["size"],
+            layout=layout,
+            device=parts["values"].device,
+            check_invariants=False,
         )
 
     return build
@@ -64,8 +75,9 @@ def _compressed(layout: torch.layout) -> Callable[[dict[str, Any], dict[str, Any
 
 def _nested(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
     if not facts["offsets"]:
-        return torch.nested.nested_tensor([], dtype=parts["values"].dtype)
-    sizes, strides, offsets = (torch.tensor(facts[name], dtype=torch.int64) for name in ("sizes", "strides", "offsets"))
+        return torch.nested.nested_tensor([], dtype=parts["values"].dtype, device="cpu")
+    noted = [torch.tensor(facts[name], dtype=torch.int64, device="cpu") for name in ("sizes", "strides", "offsets")]
+    sizes, strides, offsets = noted
     sizes, strides = (t.reshape(len(facts["offsets"]), -1) for t in (sizes, strides))
     values = parts["values"]
     if bool((sizes < 0).any() or (strides < 0).any() or (offsets < 0).any()):

@@ -121,7 +121,7 @@ def _jagged_parts(tensor: Any) -> Composite:
 def _quantized_parts(key: str, tensor: torch.Tensor) -> Composite:
     whole = tensor if tensor.is_contiguous() and tensor.storage_offset() == 0 else _compact(tensor)
     facts: dict[str, Any] = {"size": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
-    raw = torch.empty(0, dtype=torch.uint8).set_(whole.untyped_storage())
+    raw = torch.empty(0, dtype=torch.uint8, device=whole.device).set_(whole.untyped_storage())
     used = _bytes_of(tuple(whole.shape), whole.dtype)
     parts = {"bytes": raw if used is None else raw[:used]}
     scheme = tensor.qscheme()

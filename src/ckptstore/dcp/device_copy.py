@@ -54,7 +54,7 @@ class Lane:
 
     def buffer(self, size_bytes: int) -> torch.Tensor:
         """Host memory that the device writes to by itself."""
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def fetch(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Event:
         """Begin to copy from the device into a buffer; the event tells when that is done."""

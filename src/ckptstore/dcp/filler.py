@@ -267,7 +267,7 @@ class Filler:
         rank = agreement.rank
         coming = [d for d in window if rank in d.takers and d.sender != rank]
         taken = [sum(d.size_bytes for d in coming if d.sender == sender) for sender in range(agreement.world_size)]
-        take = torch.empty(sum(taken), dtype=torch.uint8)
+        take = torch.empty(sum(taken), dtype=torch.uint8, device="cpu")
         agreement.trade(parcels.give, parcels.given, take, taken)
         data = take.numpy().data
         left = set()

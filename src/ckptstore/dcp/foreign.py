@@ -171,7 +171,7 @@ def save_torch_file(
 def _check_dtypes(names: Mapping[str, str]) -> None:
     for dtype, name in names.items():
         try:
-            torch.save(torch.empty(0, dtype=dtype_of(dtype)), io.BytesIO())
+            torch.save(torch.empty(0, dtype=dtype_of(dtype), device="cpu"), io.BytesIO())
         except KeyError:
             raise StateError(
                 f"{name!r} is {dtype}, which torch.save can't write",
@@ -192,7 +192,7 @@ class _Memory:
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = prod(shape) * dtype.itemsize
         if not size:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         part = self._bytes[self._at : self._at + size]
         self._at += -(-size // 64) * 64
         return torch.from_numpy(part).view(dtype).view(shape)

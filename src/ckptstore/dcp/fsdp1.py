@@ -84,7 +84,7 @@ def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tu
     shape = tuple(metadata.size)
     shards = tensor.local_shards()
     if not shards:
-        return torch.empty(0, dtype=metadata.tensor_properties.dtype), shape, (0,) * len(shape)
+        return torch.empty(0, dtype=metadata.tensor_properties.dtype, device="cpu"), shape, (0,) * len(shape)
     if len(shards) > 1:
         return None
     return shards[0].tensor, shape, tuple(shards[0].metadata.shard_offsets)

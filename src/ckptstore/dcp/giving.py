@@ -68,7 +68,7 @@ class Giver:
         given = [0] * self._world_size
         for taker in others:
             given[taker] = sum(delivery.size_bytes for delivery in mine if taker in delivery.takers)
-        give = torch.empty(sum(given), dtype=torch.uint8)
+        give = torch.empty(sum(given), dtype=torch.uint8, device="cpu")
         data = give.numpy().data
         views: dict[ChunkId, memoryview] = {}
         repeats: list[tuple[memoryview, memoryview]] = []

@@ -14,12 +14,8 @@ from ckptstore.dcp.loader import fill
 from ckptstore.dcp.parts import Slot
 from ckptstore.dcp.source import ChunkSource
 from ckptstore.dcp.stored import MISSING, StoredState, Stub, substitute
-from ckptstore.dcp.views import NewMemory
+from ckptstore.dcp.views import NewMemory, host_memory
 from ckptstore.format.tree import Composite
-
-
-def _new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype)
 
 
 def read_state(
@@ -28,7 +24,7 @@ def read_state(
     only: Iterable[str] = (),
     rank: int = 0,
     threads: int = 4,
-    allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] = _new,
+    allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] = host_memory,
 ) -> dict[Any, Any]:
     """The state as it was saved: the same keys, containers and values, tensors on the CPU. Local.
 

@@ -77,7 +77,7 @@ class Matcher:
         self._only = (only,) if isinstance(only, str) else tuple(only)
         self._matched_any = False
         self._new: dict[str, torch.Tensor] = {}
-        self._memory = NewMemory(source, lambda shape, dtype: torch.empty(shape, dtype=dtype))
+        self._memory = NewMemory(source)
         keys = frozenset(state) | frozenset(map(str, state))
         self._stored = StoredState(source, rank=rank, keys=keys, rename=rename, allocate=self._allocate_hidden)
         self.renamed = self._stored.renamed

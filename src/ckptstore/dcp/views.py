@@ -108,6 +108,11 @@ def _groups(spans: Iterable[Span]) -> list[list[Span]]:
     return [group for group in groups if len(group) > 1]
 
 
+def host_memory(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """New memory of the host, whatever device is the default one."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 class NewMemory:
     """Makes memory for stored tensors; those that overlapped overlap again.
 
@@ -115,7 +120,9 @@ class NewMemory:
         allocate: gives memory of a shape and dtype.
     """
 
-    def __init__(self, source: ChunkSource, allocate: Callable[[Shape, torch.dtype], torch.Tensor]) -> None:
+    def __init__(
+        self, source: ChunkSource, allocate: Callable[[Shape, torch.dtype], torch.Tensor] = host_memory
+    ) -> None:
         self._source = source
         self._allocate = allocate
         self._views = tree.views(source.tree) if source.tree is not None else {}

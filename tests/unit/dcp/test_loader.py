@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_checkpoint import MemoryCheckpoint, save, shard_of
+from sameness import assert_same
 from torch import nn
 
 from ckptstore.dcp.agreement import Agreement
@@ -507,3 +508,23 @@ def test_preparing_in_one_process_needs_no_process_group() -> None:
     prepared = Preparer(Agreement()).prepare({"x": torch.ones(3)}, step=1, counter=1, flags={"busy": True})
     assert prepared.flags == {"busy"}
     assert [piece.fqn for piece in prepared.plan.pieces] == ["x"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_another_default_device_changes_nothing() -> None:
+    rows = [torch.ones(2), torch.ones(3)]
+    state: dict[str, Any] = {
+        "plain": torch.arange(3.0),
+        "coo": torch.eye(3).to_sparse(),
+        "csr": torch.eye(3).to_sparse_csr(),
+        "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor(rows),
+        "jagged": torch.nested.nested_tensor(rows, layout=torch.jagged),
+        "array": np.arange(20_000.0),
+    }
+    with torch.device("meta"):  # as with set_default_device("cuda")
+        checkpoint = save(state)
+        read, target = read_state(checkpoint), dict.fromkeys(state)
+        load_into(target, checkpoint)
+    assert_same(state, read)
+    assert_same(state, target)
