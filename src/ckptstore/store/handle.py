@@ -156,11 +156,11 @@ class SaveHandle:
     def fail(self, error: CkptError, level: Level = "staged", tier: str | None = None) -> bool:
         """Fail ``level`` and everything that can't be reached any more; returns whether that was news."""
         failure = error
-        if not isinstance(error, SaveFailedError):
+        if not isinstance(error, SaveFailedError) or f"step {self.step} " not in f"{error.message} ":
             failure = SaveFailedError(
                 f"saving step {self.step} failed: {error.message}",
                 hint=error.hint,
-                **{**error.context, "step": self.step, "save_id": self.save_id, "error": type(error).__name__},
+                **{"error": type(error).__name__, **error.context, "step": self.step, "save_id": self.save_id},
             )
             failure.__cause__ = error
         news = False

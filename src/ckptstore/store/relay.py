@@ -210,11 +210,12 @@ class NodeRelay:
         if "complete" not in done:
             self._client().complete(save_id, text.encode())
             done.add("complete")
+        is_overdue = time.monotonic() - progress.began > self._deadline_s
         if self._all(save_id, "local"):
             self._end(save_id, None)
             return True
-        if time.monotonic() - progress.began > self._deadline_s:
-            self._end(save_id, f"{self._late(save_id, 'local')} did not mark it complete; the next start does")
+        if is_overdue and (late := self._late(save_id, "local")):
+            self._end(save_id, f"{late} did not mark it complete; the next start does")
             return True
         return False
 
