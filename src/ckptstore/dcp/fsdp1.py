@@ -31,10 +31,10 @@ def is_sharded_by_fsdp1(module: nn.Module) -> bool:
 
 
 def module_of(optimizer: Optimizer, candidates: Iterable[nn.Module]) -> nn.Module | None:
-    """The FSDP1 module whose parameters this optimizer steps, if there is one."""
-    mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    """The first of these FSDP1 modules whose parameters this optimizer steps, if there is one."""
     for module in candidates:
-        if is_sharded_by_fsdp1(module) and any(id(parameter) in mine for parameter in module.parameters()):
+        mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(parameter) in mine for parameter in module.parameters()):
             return module
     return None
 

@@ -37,11 +37,13 @@ class ModuleEntries:
         tensors: (fqn, live tensor, kind). Kept as the live object, so later reads see its current storage.
         extra: fqn of ``_extra_state`` -> the module that owns it.
         slow: why the direct walk would not give what ``state_dict`` gives; None when it does.
+        has_fsdp1: some of it is wrapped by FullyShardedDataParallel.
     """
 
     tensors: list[tuple[str, torch.Tensor, Kind]] = field(default_factory=list)
     extra: dict[str, nn.Module] = field(default_factory=dict)
     slow: str | None = None
+    has_fsdp1: bool = False
 
 
 def walk(module: nn.Module) -> ModuleEntries:
@@ -91,6 +93,7 @@ def _collect(module: nn.Module, prefix: str, entries: ModuleEntries) -> None:
     child = _transparent_child(module)
     if child is not None:
         if "_fsdp_wrapped_module" in module._modules:
+            entries.has_fsdp1 = True
             entries.slow = entries.slow or "FSDP1 keeps flat parameters"
         _collect(child, prefix, entries)
         return

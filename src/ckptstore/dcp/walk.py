@@ -109,7 +109,8 @@ class Walk:
 
     def fsdp1_of(self, optimizer: Optimizer) -> nn.Module | None:
         """The FSDP1 module this optimizer steps, if any."""
-        return fsdp1.module_of(optimizer, (module for _, module in modules_in(self._state)))
+        wrapped = [module for _, module in modules_in(self._state) if self.entries_of(module).has_fsdp1]
+        return fsdp1.module_of(optimizer, wrapped)
 
     # -- leaves ---------------------------------------------------------------------------------------------------
 
