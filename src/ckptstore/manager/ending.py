@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal as signals
+import textwrap
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -57,7 +58,7 @@ def rescue(parts: Parts, saver: Saver, error: BaseException, grace_s: float) -> 
     if progress.step is None or not parts.tracked or isinstance(error, SaveFailedError):
         return
     what = type(error).__name__
-    first = str(error).strip().partition("\n")[0]
+    first = textwrap.shorten(str(error), 160, placeholder=" ...")
     text = f"{what} ({first})" if first else what  # a signal that follows takes its traceback away
     done = parts.guard.completed()
     # With a new save to come: less, so that ranks come to the meeting within its limit of each other.

@@ -133,7 +133,7 @@ def sort(name: str, value: Any) -> tuple[str, Any]:
     if callable(value):
         return "asked", value
     raise StateError(
-        f"{name!r} is a {type(value).__name__}: it has no state_dict/load_state_dict and no save_pretrained",
+        f"{name!r}, of type {type(value).__name__}, has no state_dict/load_state_dict and no save_pretrained",
         hint=f"give it those, or pass a callable: track({name}=lambda: ...)",
         key=name,
     )
