@@ -299,7 +299,8 @@ class AgentClient:
             record: what is kept with the claim; a mapping gets the number as ``timeline``.
         """
         wire = record.decode() if isinstance(record, bytes) else dict(record)
-        answer, _ = self._ask({"op": "claim_timeline", "at_least": at_least, "record": wire}, DISK_TIMEOUT_S)
+        timeout = min(DISK_TIMEOUT_S, self._config.deadline_s / 2)  # peers wait, whatever the disk does
+        answer, _ = self._ask({"op": "claim_timeline", "at_least": at_least, "record": wire}, timeout)
         return int(answer["number"])
 
     # ------------------------------------------------------------------ looking, waiting, ending

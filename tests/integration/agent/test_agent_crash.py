@@ -17,6 +17,7 @@ from fake_trainer import ForkServer, check_part, complete_saves
 from ckptstore.agent import client
 from ckptstore.blob import open_blob_store
 from ckptstore.clock import new_nonce
+from ckptstore.config import StoreConfig
 from ckptstore.errors import TransientError
 from ckptstore.repo.fetch import pull
 from ckptstore.repo.local import LocalTier
@@ -212,13 +213,16 @@ def test_what_a_killed_agent_was_writing_is_removed_by_the_next(node: Node) -> N
 
 def test_no_call_waits_for_an_agent_that_hangs(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "ANSWER_TIMEOUT_S", 1.0)
-    talker, listener = node.trainer(), node.trainer(ranks=2, slot=1)
+    talker, listener = node.trainer(), node.trainer(ranks=3, slot=1)
+    claimer = node.trainer(ranks=3, slot=2, config=StoreConfig(deadline_s=1))
     os.kill(talker.client.agent_pid, signal.SIGSTOP)
     try:
         with pytest.raises(TransientError):
             talker.client.discard(f"{new_nonce()}-1", "more than the socket holds" * 100_000)
         with pytest.raises(TransientError, match="within 1 s"):
             listener.client.release(0)
+        with pytest.raises(TransientError, match="claim_timeline"):
+            claimer.client.claim_timeline(1, {})
         for trainer in (talker, listener):
             trainer.wait("lost")
             with pytest.raises(TransientError, match="is gone"):
