@@ -148,9 +148,6 @@ class SaveHandle:
                     self._resolve(tier)
                 if sum(t != "local" for t in self._tiers) < self._quorum:
                     return
-                # What is safe there needs no word any more that may have been lost with an agent.
-                self._resolve("staged")
-                self._resolve("local")
             self._resolve(level)
 
     def fail(self, error: CkptError, level: Level = "staged", tier: str | None = None) -> bool:

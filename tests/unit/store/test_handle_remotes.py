@@ -50,13 +50,6 @@ def test_remote_fails_when_one_refuses_and_all_are_needed() -> None:
     assert one.remotes["b"].result(0).tiers["b"] == "complete"
 
 
-def test_nobody_waits_for_a_lower_level_when_the_remote_has_it() -> None:
-    one = SaveHandle(INFO, ("a",), None)
-    one.reach("remote", "a")
-    assert one.local.result(0).tiers == {"a": "complete"}
-    assert one.staged.done()
-
-
 def test_nothing_is_waited_for_when_writing_failed_before_all_was_known_to_be_staged() -> None:
     one = SaveHandle(INFO, ("a",), None)
     assert one.fail(NoSpaceError("full"), "local")
