@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptstore.agent.arena import State
-from ckptstore.agent.disk import Abandoned
 from ckptstore.agent.job import Part, SaveJob, Stage, Watcher, check_seal
 from ckptstore.agent.protocol import Event, SealRequest
 from ckptstore.agent.remotes import RunRemotes
 from ckptstore.agent.runtime import RuntimeDir
 from ckptstore.agent.slots import Attachment, Leaving, Slots
 from ckptstore.agent.uploader import brief
-from ckptstore.agent.writer import Image, Written, write_part
+from ckptstore.agent.writer import Written
+from ckptstore.agent.writing import Writing
 from ckptstore.clock import Clock, rfc3339
 from ckptstore.config import StoreConfig
-from ckptstore.errors import CheckpointNotFoundError, CkptError, ConfigError, SaveFailedError, StorageError
+from ckptstore.errors import CheckpointNotFoundError, CkptError, ConfigError, SaveFailedError
 from ckptstore.format.manifest import RootManifest, Summary, canonical
 from ckptstore.repo import commit, journal, names, timings
 from ckptstore.repo.local import LocalTier
@@ -64,11 +64,13 @@ class RunJobs:
         self.watchers: list[Watcher] = []
         self._condition = condition
         self._tier = tier
-        self._directory = directory
         self._clock = clock
         self._jobs: dict[str, SaveJob] = {}
         self._dropped: dict[str, CkptError] = {}
         self._dead_jobs: set[str] = set()
+        self._writing = Writing(
+            condition, tier, directory, run, clock, chunk_elements=lambda: self.config.chunk_elements, ended=self._ended
+        )
         self.remotes = RunRemotes(condition, tier, run, self.emit, self.completed, self._retried, clock)
 
     # ------------------------------------------------------------------ attachments
@@ -194,10 +196,10 @@ class RunJobs:
             job.stage = Stage.WRITING
             self.emit(Event("sealed", job.save_id, job.step))
         try:
-            threading.Thread(target=self._write, args=(job,), name=f"write-{job.save_id}", daemon=True).start()
-        except RuntimeError as error:  # a limit of processes is reached; nobody else would ever end this save
+            self._writing.begin(job)
+        except SaveFailedError as failure:
             with self._condition:
-                raise self._drop(job, SaveFailedError(f"the node agent can't write it: {error}")) from None
+                raise self._drop(job, failure) from None
 
     def _drop(self, job: SaveJob, error: CkptError) -> CkptError:
         """Forget a save that isn't durable, and say so. Hold the condition. Returns the error."""
@@ -271,65 +273,24 @@ class RunJobs:
                     )
                     self._drop(job, error)
 
-    # ------------------------------------------------------------------ writing and committing
+    # ------------------------------------------------------------------ what comes of it
 
-    def _write(self, job: SaveJob) -> None:
-        """The thread of one save."""
-        parts = [job.parts[rank] for rank in job.local_ranks]
-        images = [Image(p.request, p.layout, p.pieces, memoryview(p.generation.memory)) for p in parts]
-        written: Written | None = None
-        failure: CkptError | None = None
-        level = "local"
-        queued = self._wait_for_older(job)
-        try:
-            with self._directory.staging_noted(self.run, job.save_id):
-                written = write_part(
-                    self._tier,
-                    self.run,
-                    images,
-                    chunk_elements=self.config.chunk_elements,
-                    is_abandoned=lambda: job.abandoned is not None,
-                )
-        except Abandoned:
-            failure, level = SaveFailedError(job.abandoned or "discarded"), "staged"
-        except CkptError as error:
-            failure = error
-        except Exception as error:
-            log.exception("writing save %s of %s", job.save_id, self.run)
-            failure = StorageError(f"unexpected {type(error).__name__} while writing: {error}")
-        finally:
-            for image in images:
-                image.memory.release()
-        if written is not None:
+    def _ended(self, job: SaveJob, outcome: Written | CkptError, *, level: str) -> None:
+        """A save is on disk, or failed short of ``level``: its memory is free."""
+        if isinstance(outcome, Written):
             # Before the job is forgotten: at no moment may all look settled.
             self.remotes.notify()
         with self._condition:
             self._jobs.pop(job.save_id, None)
-            for part in parts:
+            for part in job.parts.values():
                 part.generation.free()
             self._condition.notify_all()
-        if failure is not None:
-            said = {"run": self.run, "step": job.step, "save_id": job.save_id, "event": "failed"}
-            log.error("save %s of %s, step %d, failed: %s", job.save_id, self.run, job.step, failure, extra=said)
-            self.emit(Event.failure(failure, save_id=job.save_id, step=job.step, level=level))
-        elif written is not None:
-            written.timing.update(queued)
-            self._written(job, written)
-
-    def _wait_for_older(self, job: SaveJob) -> dict[str, float]:
-        """A run's saves are written one after another; runs share the disk block by block. The seconds of a wait.
-
-        Side by side, the older one would be durable, and its memory free, only when the newer one nearly is.
-        """
-        began = self._clock.monotonic()
-        with self._condition:
-            if self._is_next(job):
-                return {}
-            self._condition.wait_for(lambda: self._is_next(job))
-        return {"queued": self._clock.monotonic() - began}
-
-    def _is_next(self, job: SaveJob) -> bool:
-        return job.abandoned is not None or job is next(j for j in self._jobs.values() if j.stage is Stage.WRITING)
+        if isinstance(outcome, Written):
+            self._written(job, outcome)
+            return
+        said = {"run": self.run, "step": job.step, "save_id": job.save_id, "event": "failed"}
+        log.error("save %s of %s, step %d, failed: %s", job.save_id, self.run, job.step, outcome, extra=said)
+        self.emit(Event.failure(outcome, save_id=job.save_id, step=job.step, level=level))
 
     def _written(self, job: SaveJob, written: Written) -> None:
         size = sum(shard.file_bytes for shard in written.shards)

@@ -163,11 +163,13 @@ class AgentServer:
         return None
 
     def _idle_reason(self) -> str:
-        waiting = {
-            name: uploader.pending() for run in self.runs.values() for name, uploader in run.remotes.uploaders.items()
-        }
-        left = [f"{count} saves are not on {name}" for name, count in waiting.items() if count]
-        return f"idle, but {', '.join(left)}: `ckptctl push {self._root}` sends them" if left else "idle"
+        left = [
+            f"{count} saves of {run} are not on {name}: `ckptctl push {self._root} --remote URL --run {run}` sends them"
+            for run, jobs in self.runs.items()
+            for name, uploader in jobs.remotes.uploaders.items()
+            if (count := uploader.pending())
+        ]
+        return f"idle, but {'; '.join(left)}" if left else "idle"
 
     def _root_is_there(self) -> bool:
         try:

@@ -236,7 +236,7 @@ def test_a_save_does_not_wait_for_another_runs(
         rank.seal()
     assert busy.is_asked.wait(30)
     jobs._tier.make_run("other")
-    other = RunJobs(jobs._condition, jobs._tier, jobs._directory, "other", jobs.config, jobs._clock)
+    other = RunJobs(jobs._condition, jobs._tier, jobs._writing._directory, "other", jobs.config, jobs._clock)
     others = [Rank(other, 0), Rank(other, 1)]
     for rank in others:
         rank.seal("00000000000b-1")
