@@ -122,4 +122,4 @@ def test_nothing_keeps_the_checkpoint_from_being_deleted_once_stock_load_has_end
         gc.collect()
         with alone(path):
             pass
-        assert set(os.listdir("/proc/self/fd")) == before
+        assert set(os.listdir("/proc/self/fd")) <= before, "others may have been closed meanwhile"
