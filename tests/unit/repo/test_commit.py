@@ -140,7 +140,7 @@ def test_descriptors_are_closed_when_a_save_is_discarded(tier: LocalTier) -> Non
     for rank in range(5):
         staging.open_file(names.shard_file(rank))
     staging.discard()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def counted_failure(monkeypatch: pytest.MonkeyPatch, name: str, nth: int, number: int = errno.EIO) -> Callable[[], int]:
