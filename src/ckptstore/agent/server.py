@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from ckptstore._version import __version__
 from ckptstore.agent import service
 from ckptstore.agent.connection import Connection, peer_pid
-from ckptstore.agent.ear import Ear
 from ckptstore.agent.job import Watcher
 from ckptstore.agent.jobs import RunJobs
+from ckptstore.agent.listener import Listener
 from ckptstore.agent.memory import own_memory
 from ckptstore.agent.protocol import PROTOCOL
 from ckptstore.agent.runtime import RuntimeDir
@@ -101,7 +101,7 @@ class AgentServer:
         self._sweep_own()
         status = os.stat(self._root)
         self._root_identity = (status.st_dev, status.st_ino)
-        self._ear = Ear(self._directory)
+        self._listener = Listener(self._directory)
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
         log.info("agent %s of %s: pid %d, ckptstore %s", self.agent_id, self._root, os.getpid(), __version__)
 
@@ -140,7 +140,7 @@ class AgentServer:
             if not self._root_is_there():
                 self._is_leaving = True
                 return "the root is gone"
-            self._ear.mend()
+            self._listener.mend()
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_SECONDS
             for run in runs:
@@ -191,7 +191,7 @@ class AgentServer:
             raise TransientError(f"{self._root} is not the directory this agent was started for", reason="leaving")
 
     def _leave(self) -> None:
-        self._ear.close()
+        self._listener.close()
         uploaders = [uploader for run in self._all_runs() for uploader in run.remotes.uploaders.values()]
         for uploader in uploaders:
             uploader.stop()
@@ -229,7 +229,7 @@ class AgentServer:
     def _accept(self) -> None:
         while True:
             try:
-                sock = self._ear.accept()
+                sock = self._listener.accept()
             except OSError:
                 if self._is_leaving:
                     return

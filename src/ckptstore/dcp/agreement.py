@@ -44,7 +44,7 @@ _instances_lock = threading.Lock()
 _left_open: list[Any] = []
 
 
-class _Missing(Exception):  # noqa: N818 - becomes a SaveFailedError
+class _MissingError(Exception):
     """These ranks have not come to a meeting."""
 
     def __init__(self, ranks: list[int]) -> None:
@@ -249,11 +249,10 @@ class Agreement:
                 return action(self._pg)
             except Exception as error:
                 self._pg = None
-                missing, note = (error.ranks, "") if isinstance(error, _Missing) else self._roll_call()
+                missing, note = (error.ranks, "") if isinstance(error, _MissingError) else self._roll_call()
                 raise _lost(what, missing, note, self.deadline_s) from error
-            except (
-                BaseException
-            ):  # told to stop in the middle: the peers' next question is not to be taken for this one
+            except BaseException:
+                # Told to stop in the middle: the peers' next question is not to be taken for this one.
                 self._pg = None
                 raise
 
@@ -272,7 +271,7 @@ class Agreement:
         """Go to the first attempt at which all ranks are; an attempt that any of them has given up is over for all.
 
         Raises:
-            _Missing: not all came in time.
+            _MissingError: not all came in time.
         """
         until = time.monotonic() + self.deadline_s
         while True:
@@ -288,7 +287,7 @@ class Agreement:
             if place.compare_set("outcome", "", outcome).decode() == _MET:
                 return
             if time.monotonic() >= until:
-                raise _Missing([rank for rank in range(self.world_size) if not place.check([str(rank)])])
+                raise _MissingError([rank for rank in range(self.world_size) if not place.check([str(rank)])])
 
     def _roll_call(self) -> tuple[list[int], str]:
         """Ranks that gave no sign of life after a failure, and a note if the job's store is gone too."""

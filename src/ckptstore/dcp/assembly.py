@@ -111,7 +111,8 @@ def _quantized(parts: dict[str, Any], facts: dict[str, Any]) -> torch.Tensor:
         empty = torch._empty_affine_quantized(size, scale=facts["scale"], zero_point=facts["zero_point"], dtype=dtype)
     if empty.untyped_storage().nbytes() != parts["bytes"].numel():
         raise ValueError(f"{parts['bytes'].numel()} bytes for a shape of {list(size)}")
-    storage = torch.storage.TypedStorage(wrap_storage=parts["bytes"].untyped_storage(), dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+    typed: Any = torch.storage.TypedStorage
+    storage = typed(wrap_storage=parts["bytes"].untyped_storage(), dtype=dtype, _internal=True)
     return empty.set_(storage, 0, size, empty.stride())
 
 

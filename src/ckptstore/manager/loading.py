@@ -91,10 +91,19 @@ class Loading:
             run=self._store.run,
         )
 
-    def choose(self, step: StepLike) -> Candidates:
-        """The save that ``step`` names, for :meth:`fill`; "auto" for the newest that is sound."""
+    def load(self, target: Tracked, step: StepLike, *, is_resuming: bool) -> ResumePoint:
+        """Fill ``target`` from the save that ``step`` names; "auto" for the newest that is sound, if there is any."""
         self._store.settle()
-        return self._choose(step, is_asking=False)
+        found = self._choose(step, is_asking=False)
+        if not found.save_ids:
+            return ResumePoint()
+        if not target:
+            self._voice.say(
+                "load_checkpoint() found nothing to fill: only epoch and step are returned; pass model=, optimizer=, "
+                "... or call track() first",
+                logging.WARNING,
+            )
+        return self.fill(target, found, is_resuming=is_resuming)
 
     # -- inner ----------------------------------------------------------------------------------------------------
 

@@ -230,18 +230,8 @@ class CheckpointManager:
         is_resuming = step is None and not best
         if not (latest or best or step is not None):
             raise ConfigError("load_checkpoint: which one?", hint="latest=True, best=True or step=...")
-        wanted: StepLike = step if step is not None else "best" if best else "auto"
-        found = self._loading.choose(wanted)
-        if not found.save_ids:
-            self.point = ResumePoint()
-            return 0, 0
-        if not target:
-            self._voice.say(
-                "load_checkpoint() found nothing to fill: only epoch and step are returned; pass model=, optimizer=, "
-                "... or call track() first",
-                logging.WARNING,
-            )
-        point = self._loading.fill(target, found, is_resuming=is_resuming)
+        which = step if step is not None else "best" if best else "auto"
+        point = self._loading.load(target, which, is_resuming=is_resuming)
         if is_resuming:
             self._adopt(point)
         self.point = point
@@ -405,7 +395,6 @@ class CheckpointManager:
 
     def _adopt(self, point: ResumePoint) -> None:
         self.point = point
-        if point.info is not None:
-            info = point.info
+        if (info := point.info) is not None:
             self._scalars.loaded(info)
             self._voice.say(f"resumed step {info.step} ({resuming.source(info)}, {resuming.age(info.created_at)})")

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from ckptstore.errors import ConfigError, NoStoreError
 from ckptstore.format.manifest import check_run_name
-from ckptstore.store.eager import eager
+from ckptstore.store.eager import eager, need_torch
 from ckptstore.store.remotes import RemoteArgument, name_remotes
 from ckptstore.store.tiers import StoreTiers
 from ckptstore.types import CheckpointInfo, StepLike
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.storage import StorageReader
+
     from ckptstore.repo.catalog import Catalog
+    from ckptstore.repo.reader import CheckpointReader
 
 
 class RunCheckpoints:
@@ -41,6 +44,12 @@ class RunCheckpoints:
         if self.local is None and not self.remotes:
             raise ConfigError("a store needs a local root or a remote", hint="CheckpointStore('/data/ckpt')")
         self._tiers = StoreTiers(self.local, self.remotes, self.run)
+        self._pid = os.getpid()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        local = str(self.local) if self.local else None
+        return f"{type(self).__name__}({local!r}, remote={self.remotes!r}, run={self.run!r})"
 
     def checkpoints(self, *, include_superseded: bool = False) -> list[CheckpointInfo]:
         """The checkpoints of this run, oldest first. Local; needs no torch. An absent store or run is []."""
@@ -127,3 +136,27 @@ class RunCheckpoints:
         _, reader, _ = choose(self._tiers.sources(), step)
         with reader:
             return read_state(reader, only=only)
+
+    def reader(self, step: StepLike = "latest") -> StorageReader:
+        """A ``StorageReader`` for ``torch.distributed.checkpoint.load(state, storage_reader=...)``. Local.
+
+        Nothing is opened before the load; each load looks anew which checkpoint ``step`` means.
+
+        Raises (in the load, as causes of DCP's own error):
+            CheckpointNotFoundError, IntegrityError: as for :meth:`load`.
+        """
+        need_torch("reader")
+        from ckptstore.dcp.storage_reader import CheckpointStorageReader
+        from ckptstore.store.loading import choose
+
+        def opened(save_id: str | None) -> CheckpointReader:
+            self._check_open()
+            return choose(self._tiers.sources(), step if save_id is None else save_id)[1]
+
+        return CheckpointStorageReader(opened)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this store is closed", hint="open a new CheckpointStore")
+        if os.getpid() != self._pid:
+            raise ConfigError("this process was forked from the one that opened the store", hint="open it here")

@@ -20,7 +20,7 @@ from ckptstore.store.link import AgentLink
 log = logging.getLogger("ckptstore")
 
 
-def told(error: Exception) -> CkptError:
+def as_ckpt_error(error: Exception) -> CkptError:
     """The error as peers hear of it, who would wait for this rank otherwise; what nobody foresaw stops no training."""
     if isinstance(error, CkptError):
         return error
@@ -114,7 +114,7 @@ class Lease:
                 if self._generation is None:
                     self.ask(save_id)
             except Exception as failure:
-                error = told(failure)
+                error = as_ckpt_error(failure)
             try:
                 outcome = self._agreement.agree(same={}, flags={"failed": error is not None, "busy": self.is_busy})
                 if "failed" in outcome.raised:

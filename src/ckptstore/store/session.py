@@ -29,7 +29,7 @@ from ckptstore.format.manifest import Parent, Summary
 from ckptstore.store.facts import check_arguments, read_metrics, versions
 from ckptstore.store.fence import Fence
 from ckptstore.store.handle import SaveHandle
-from ckptstore.store.lease import Lease, told
+from ckptstore.store.lease import Lease, as_ckpt_error
 from ckptstore.store.link import AgentLink
 from ckptstore.store.timeline import TimelineKeeper
 from ckptstore.types import CheckpointInfo
@@ -118,7 +118,7 @@ class Session:
             if error is None:
                 self.link.reconnect()
         except Exception as failure:
-            error = told(failure)
+            error = as_ckpt_error(failure)
         self.agreement.together(error, what="attaching to the node agents")
         self.link.meet(self.agreement, job=self.job)
 
@@ -147,7 +147,7 @@ class Session:
         try:
             self.link.reconnect()
         except Exception as failure:
-            error = told(failure)
+            error = as_ckpt_error(failure)
         try:
             self._agree(call, state, error)
         finally:
@@ -178,7 +178,7 @@ class Session:
                 call.summary = self._summary(call, metrics, tags, emergency)
                 self._lease.ask(call.save_id)
         except Exception as failure:
-            error = told(failure)
+            error = as_ckpt_error(failure)
             self._lease.plan = None  # it may be what can't be laid out; another may
         try:
             prepared = self._agree(call, state, error)

@@ -12,12 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptstore.config import StoreConfig
-from ckptstore.errors import (
-    CkptError,
-    ConfigError,
-    SaveTimeoutError,
-    StorageError,
-)
+from ckptstore.errors import CkptError, ConfigError, SaveTimeoutError, StorageError
 from ckptstore.format.manifest import Parent
 from ckptstore.store.checkpoints import RunCheckpoints
 from ckptstore.store.eager import eager, need_torch
@@ -30,11 +25,10 @@ from ckptstore.types import CheckpointInfo, StepLike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+    from torch.distributed.checkpoint.storage import StorageWriter
     from torch.optim import Optimizer
 
     from ckptstore.dcp.agreement import Agreement
-    from ckptstore.repo.reader import CheckpointReader
     from ckptstore.store.session import Session
 
 log = logging.getLogger("ckptstore")
@@ -77,21 +71,14 @@ class CheckpointStore(RunCheckpoints):
         if "torch" in sys.modules:
             import ckptstore.store.loading  # noqa: F401  # whoever trains pays for this now, not in the first save
         self._group = process_group
-        self._pid = os.getpid()
         self._lock = threading.RLock()
         self._session: Session | None = None
         self._torn: str | None = None  # the save that was loaded, if its local copy has lost files
         self._agreement: Agreement | None = None
-        self._closed = False
         self._tally = LoadTally(self.run)
         self._fence = Fence()
         self._fence.is_wanted = self.config.overlap
         self._timeline = TimelineKeeper(self._tiers.catalog_for_saving, self._tiers.newest_claim)
-
-    def __repr__(self) -> str:
-        return (
-            f"CheckpointStore({str(self.local) if self.local else None!r}, remote={self.remotes!r}, run={self.run!r})"
-        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(CheckpointStore, run=self.run, config=self.config), (
@@ -302,25 +289,7 @@ class CheckpointStore(RunCheckpoints):
             self._timeline.resumed(Parent(save_id=summary.save_id, timeline=summary.timeline, step=summary.step))
             return loaded.info
 
-    # -- for people who own their dcp.save and dcp.load -----------------------------------------------------------
-
-    def reader(self, step: StepLike = "latest") -> StorageReader:
-        """A ``StorageReader`` for ``torch.distributed.checkpoint.load(state, storage_reader=...)``. Local.
-
-        Nothing is opened before the load; each load looks anew which checkpoint ``step`` means.
-
-        Raises (in the load, as causes of DCP's own error):
-            CheckpointNotFoundError, IntegrityError: as for :meth:`load`.
-        """
-        need_torch("reader")
-        from ckptstore.dcp.storage_reader import CheckpointStorageReader
-        from ckptstore.store.loading import choose
-
-        def opened(save_id: str | None) -> CheckpointReader:
-            self._check_open()
-            return choose(self._tiers.sources(), step if save_id is None else save_id)[1]
-
-        return CheckpointStorageReader(opened)
+    # -- for people who own their dcp.save (`reader`, for their dcp.load, is inherited) -------------------------------
 
     def writer(
         self,
@@ -388,12 +357,6 @@ class CheckpointStore(RunCheckpoints):
             handle.abandon(reason)
 
     # -- inner ----------------------------------------------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConfigError("this store is closed", hint="open a new CheckpointStore")
-        if os.getpid() != self._pid:
-            raise ConfigError("this process was forked from the one that opened the store", hint="open it here")
 
     def _saving_root(self) -> Path:
         self._check_open()

@@ -73,7 +73,7 @@ def test_late_word_of_a_lost_agent_harms_nothing_of_the_next(tmp_path: Path, age
     agents[0].hear(Event("lost"))
     assert isinstance(before.failure(), SaveFailedError)
     assert not after.done("staged")
-    assert link.client is agents[1]  # type: ignore[comparison-overlap]
+    assert link.client is agents[1]
 
 
 def test_an_agent_that_was_lost_while_it_was_connected_to_is_replaced(tmp_path: Path, agents: list[Agent]) -> None:

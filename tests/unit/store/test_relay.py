@@ -52,7 +52,7 @@ class Node:
         self.relay = NodeRelay(
             board, self._agent, self._end, job="job", node=number, num_nodes=2, deadline_s=deadline_s
         )  # fmt: skip
-        self.relay._root = lambda save_id: b"root"  # type: ignore[method-assign]
+        self.relay._root = lambda save_id: b"root"
         self.relay.watch(SAVE)
 
     def _agent(self) -> Any:

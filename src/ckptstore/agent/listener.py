@@ -14,7 +14,7 @@ from ckptstore.errors import CkptError
 log = logging.getLogger("ckptstore.agent")
 
 
-class Ear:
+class Listener:
     """A listening socket. One thread accepts, another mends and closes.
 
     Args:
